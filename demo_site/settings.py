@@ -1,0 +1,51 @@
+"""Settings of the demo: a tea shop. The environment may change what a test or a second run needs changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+BASE_DIR = Path(__file__).resolve().parent
+
+DEBUG = bool(os.environ.get("DEMO_DEBUG"))
+SECRET_KEY = "the demo keeps no secrets"
+ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+ROOT_URLCONF = "demo_site.urls"
+WSGI_APPLICATION = "demo_site.wsgi.application"
+ASGI_APPLICATION = "demo_site.asgi.application"
+TIME_ZONE = "UTC"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+# The two settings that a user of django_promports writes.
+INSTALLED_APPS = [
+    "django_prometheus",
+    "django_promports",
+    "demo_site",
+]
+MIDDLEWARE = [
+    "django_prometheus.middleware.PrometheusBeforeMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django_prometheus.middleware.PrometheusAfterMiddleware",
+]
+
+PROMPORTS_ADDRESS = os.environ.get("DEMO_ADDRESS", "127.0.0.1")
+PROMPORTS_PORT_RANGE = os.environ.get("DEMO_PORT_RANGE", "19100-19131")
+
+# django-prometheus' back ends time the queries and count the cache's hits.
+DATABASES = {
+    "default": {
+        "ENGINE": "django_prometheus.db.backends.sqlite3",
+        "NAME": os.environ.get("DEMO_DATABASE", BASE_DIR / "demo.sqlite3"),
+        "OPTIONS": {"timeout": 20, "transaction_mode": "IMMEDIATE", "init_command": "PRAGMA journal_mode=wal"},
+    }
+}
+CACHES = {"default": {"BACKEND": "django_prometheus.cache.backends.locmem.LocMemCache"}}
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"short": {"format": "%(levelname)s %(name)s %(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "short"}},
+    "loggers": {"django_promports": {"handlers": ["console"], "level": "INFO"}},
+}

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from django.urls import path
+
+from demo_site import views
+
+urlpatterns = [
+    path("", views.index, name="index"),
+    path("teas/<int:pk>/", views.tea, name="tea"),
+    path("teas/<int:pk>/order/", views.order, name="order"),
+    path("search/", views.search, name="search"),
+    path("broken/", views.broken, name="broken"),
+]

@@ -1,0 +1,121 @@
+"""System checks: what makes a worker serve no metrics, or wrong ones. A worker logs the errors among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+
+from django_promports.conf import WILDCARDS, conf
+from django_promports.ports import format_ports
+
+TAG = "promports"
+KERNEL = Path("/proc/sys/net/ipv4")
+
+# Each setting that may be unusable: how to read it, the id of its check, what to do.
+READERS: list[tuple[str, Callable[[], object], str]] = [
+    ("E001", lambda: conf.PROMPORTS_PORT_RANGE, "Write it like range(19100, 19132) or '19100-19131'."),
+    (
+        "E002",
+        lambda: conf.PROMPORTS_ADDRESS,
+        "Use '127.0.0.1' for this machine only, '0.0.0.0' or '::' for every interface.",
+    ),
+    ("E005", lambda: conf.PROMPORTS_TARGET_HOST, "Use the name or IP address under which Prometheus reaches this host."),
+    ("E006", lambda: conf.PROMPORTS_TARGET_LABELS, "Use a dict of strings, like {'site': 'shop'}."),
+    ("E007", lambda: conf.server_tls(), "Give readable PEM files, the key where the certificate file has none."),
+    ("E008", lambda: conf.read_token(), "Give a readable file that holds the token."),
+    ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
+]
+
+
+def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
+    """Say what is wrong with the settings and what would count twice."""
+    return [*_check_values(), *_check_ports(), *_check_rivals()]
+
+
+def check_exposure(**kwargs: Any) -> list[checks.CheckMessage]:
+    """With `check --deploy`, say when anybody can read the metrics."""
+    try:
+        exposed = conf.PROMPORTS_ADDRESS in WILDCARDS
+        guarded = conf.PROMPORTS_TLS_CERTFILE or conf.PROMPORTS_BEARER_TOKEN_FILE
+    except ImproperlyConfigured:
+        return []  # check_settings says so
+    if not exposed or guarded:
+        return []
+    return [
+        checks.Warning(
+            f"PROMPORTS_ADDRESS is {conf.PROMPORTS_ADDRESS!r}: whoever reaches this host reads the site's metrics.",
+            hint="Bind an internal address, or set PROMPORTS_BEARER_TOKEN_FILE or PROMPORTS_TLS_CERTFILE with "
+            "PROMPORTS_TLS_CLIENT_CAFILE; silence this check where a firewall keeps others out.",
+            id="promports.W002",
+        )
+    ]
+
+
+def _check_values() -> Iterator[checks.CheckMessage]:
+    said = set()
+    for number, read, hint in READERS:
+        try:
+            read()
+        except ImproperlyConfigured as error:
+            if str(error) not in said:  # the target host is the address by default
+                said.add(str(error))
+                yield checks.Error(str(error), hint=hint, id=f"promports.{number}")
+
+
+def _check_ports() -> Iterator[checks.CheckMessage]:
+    try:
+        ports = conf.PROMPORTS_PORT_RANGE
+    except ImproperlyConfigured:
+        return
+    first_free = _kernel_numbers("ip_unprivileged_port_start", [1024])[0]
+    if ports[0] < first_free:
+        yield checks.Error(
+            f"PROMPORTS_PORT_RANGE begins at {ports[0]}, and only root may bind ports below {first_free}.",
+            hint="Choose ports from 1024 up, like range(19100, 19132).",
+            id="promports.E010",
+        )
+    low, high = _kernel_numbers("ip_local_port_range", [32768, 60999])
+    if stolen := [port for port in ports if low <= port <= high]:
+        yield checks.Warning(
+            f"PROMPORTS_PORT_RANGE has {format_ports(stolen)} in it, which the kernel gives to outgoing connections "
+            f"({low}-{high}): a worker may find its port taken.",
+            hint=f"Choose ports below {low}, like range(19100, 19132).",
+            id="promports.W001",
+        )
+
+
+def _check_rivals() -> Iterator[checks.CheckMessage]:
+    if name := next((n for n in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir") if n in os.environ), None):
+        yield checks.Error(
+            f"{name} is set in the environment: prometheus_client shares values between processes through files, "
+            "and the ports would show them in part or twice.",
+            hint=f"Unset {name}; the ports need no multiprocess mode.",
+            id="promports.E003",
+        )
+    old_range = getattr(settings, "PROMETHEUS_METRICS_EXPORT_PORT_RANGE", None)
+    old_port = getattr(settings, "PROMETHEUS_METRICS_EXPORT_PORT", None)
+    if old_range or old_port:
+        name = "PROMETHEUS_METRICS_EXPORT_PORT" + ("_RANGE" if old_range else "")
+        # A range and a list are written as they are; any other iterable would be read away.
+        ports = old_range if isinstance(old_range, range | list | tuple) else range(19100, 19132)
+        replacement = f"PROMPORTS_PORT_RANGE = {ports!r}"
+        if address := getattr(settings, "PROMETHEUS_METRICS_EXPORT_ADDRESS", ""):
+            replacement += f" and PROMPORTS_ADDRESS = {address!r}"
+        yield checks.Error(
+            f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",
+            hint=f"Remove {name} and write {replacement} instead.",
+            id="promports.E004",
+        )
+
+
+def _kernel_numbers(name: str, default: list[int]) -> list[int]:
+    try:
+        return [int(number) for number in (KERNEL / name).read_text().split()]
+    except (OSError, ValueError):
+        return default

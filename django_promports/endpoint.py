@@ -1,0 +1,334 @@
+"""The endpoint: an HTTP server in one thread, which serves one process's metrics on its claimed port.
+
+Every peer is a conversation of one loop, so a slow, idle or hostile one costs a file descriptor and delays
+nobody. Answers are made one at a time, and each connection carries one request.
+"""
+
+from __future__ import annotations
+
+import hmac
+import html
+import json
+import logging
+import os
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from email.utils import formatdate
+from enum import IntEnum
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from io import BytesIO
+from time import sleep
+from typing import NamedTuple
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, make_wsgi_app
+
+from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
+
+logger = logging.getLogger("django_promports")
+
+# Seconds for TLS handshake and request header together. Prometheus sends both at once; its own limit is 10 s.
+HEADER_SECONDS = 5.0
+# Seconds for the peer to take the answer. A slow link may carry megabytes, and holds up nobody meanwhile.
+ANSWER_SECONDS = 60.0
+# Seconds for a peer to read the end of an answer before what else it sent makes the kernel reset the connection.
+LINGER_SECONDS = 1.0
+# One Prometheus holds one connection for a moment; two of them and a few people fit many times.
+MAX_CONNECTIONS = 64
+MAX_HEADER_BYTES = 16384
+HEADER_END = re.compile(rb"\r?\n\r?\n")
+# Seconds to wait when the process has no file descriptor left for a connection.
+EXHAUSTED_SECONDS = 0.1
+# Seconds to wait for the thread at stop(): longer than the longest answer takes to make.
+STOP_SECONDS = 10.0
+
+SCRAPES = Counter(
+    "promports_scrapes_total",
+    "Scrapes of this process: served, failed (an error while answering), refused (malformed, unauthorized, too slow "
+    "or one connection too many).",
+    ["outcome"],
+)
+SERVED, FAILED, REFUSED = (SCRAPES.labels(outcome) for outcome in ("served", "failed", "refused"))
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Metrics of one worker</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:2rem auto;padding:0 1rem}}
+th{{text-align:left;padding-right:2rem;font-weight:600}}</style>
+<h1>Metrics of one worker</h1>
+<p>django_promports serves the Prometheus metrics of this one process of a Django site here.
+Every other worker has a port of its own.
+<table>
+{rows}</table>
+<p><a href="/metrics">/metrics</a> what Prometheus scrapes<br>
+<a href="/targets">/targets</a> the ports of all workers, as http_sd
+</html>
+"""
+
+
+
+
+class Response(NamedTuple):
+    status: int
+    content_type: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def encode(self, *, with_body: bool) -> bytes:
+        lines = [
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
+            "Server: django_promports",
+            f"Date: {formatdate(usegmt=True)}",
+            f"Content-Type: {self.content_type}",
+            f"Content-Length: {len(self.body)}",
+            "X-Content-Type-Options: nosniff",
+            *(f"{name}: {value}" for name, value in self.headers),
+            "Connection: close",
+        ]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (self.body if with_body else b"")
+
+
+class Request(BaseHTTPRequestHandler):
+    """A request header, parsed by the standard library; `error` is the response if it cannot be served."""
+
+    def __init__(self, head: bytes) -> None:
+        self.error: Response | None = None
+        self.command = self.path = ""
+        self.rfile = BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        if len(head) > MAX_HEADER_BYTES:
+            self.send_error(431)
+        elif not self.parse_request() and self.error is None:
+            self.error = _plain(400, "This is no HTTP request.")
+        if self.error is None and self.command not in ("GET", "HEAD"):
+            self.error = _plain(405, f"{self.command} is not served here; use GET or HEAD.", ("Allow", "GET, HEAD"))
+        self.route, _, self.query = self.path.partition("?")
+
+    def header(self, name: str) -> str:
+        return str(self.headers.get(name, ""))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        self.error = _plain(code, message or HTTPStatus(code).description)
+
+    def handle_expect_100(self) -> bool:
+        return True
+
+
+class Stage(IntEnum):
+    """What a connection does; at the limit the lowest stage goes first, and of one stage the oldest."""
+
+    ENDING = 0
+    ASKING = 1
+    ANSWERED = 2
+
+
+class Endpoint:
+    """Serves /metrics, /targets and / on a listening socket, from a thread, until stop().
+
+    registry: what /metrics shows. about: what / shows, by name. find_targets: a conversation that returns the
+    http_sd document of /targets. tls: serve HTTPS. read_token: returns the bearer token to require, if any.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        about: Callable[[], Mapping[str, object]],
+        find_targets: Callable[[Loop], Steps[bytes]],
+        registry: CollectorRegistry = REGISTRY,
+        tls: ssl.SSLContext | None = None,
+        read_token: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._listener = listener
+        self._about = about
+        self._find_targets = find_targets
+        self._metrics_app = make_wsgi_app(registry)
+        self._tls = tls
+        self._read_token = read_token
+        self._loop = Loop()
+        self._connections: dict[Conversation, Stage] = {}  # oldest first
+        self._found: bytes | None = None
+        self._finding_for: list[Conversation] = []
+        self._failing = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="promports-endpoint", daemon=True)
+
+    def start(self) -> None:
+        """Serve from now on."""
+        self._loop.spawn(self._accept())
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Free the port and end the thread."""
+        self._stopping = True
+        self._loop.wake()
+        self._thread.join(STOP_SECONDS)
+
+    def pause(self) -> None:
+        """Wait until the thread is inside no lock, and keep it there until unpause()."""
+        self._loop.busy.acquire()
+
+    def unpause(self) -> None:
+        self._loop.busy.release()
+
+    def abandon(self) -> None:
+        """Close, in a forked child, what was inherited from a parent that keeps serving."""
+        self._stopping = True
+        self._loop.close()
+        self._listener.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                try:
+                    self._loop.turn()
+                except Exception:
+                    if self._stopping:
+                        break
+                    logger.exception("A connection to the metrics endpoint failed; the endpoint goes on.")
+                    sleep(EXHAUSTED_SECONDS)  # should it fail again at once, the site has the processor meanwhile
+        finally:
+            self._loop.close()
+            self._listener.close()
+
+    def _accept(self) -> Steps[None]:
+        while True:
+            yield self._listener, READ
+            for _ in range(MAX_CONNECTIONS):  # then those that are connected have a turn
+                try:
+                    sock, _ = self._listener.accept()
+                except BlockingIOError:
+                    break
+                except ConnectionError:  # it hung up while it was queued
+                    continue
+                except OSError:  # no file descriptor left
+                    if not self._drop_one():
+                        sleep(EXHAUSTED_SECONDS)
+                    break
+                if len(self._connections) >= MAX_CONNECTIONS:
+                    self._drop_one()
+                self._connections[self._loop.spawn(self._serve(sock), HEADER_SECONDS)] = Stage.ASKING
+
+    def _drop_one(self) -> bool:
+        if not self._connections:
+            return False
+        self._loop.drop(min(self._connections, key=self._connections.__getitem__))
+        return True
+
+    def _serve(self, sock: socket.socket) -> Steps[None]:
+        connection = self._loop.current()
+        try:
+            sock.setblocking(False)
+            if self._tls:
+                sock = tls = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                yield from attempt(tls, tls.do_handshake, READ)
+            head = yield from _receive_head(sock)
+            if head:
+                self._connections[connection] = Stage.ANSWERED
+                connection.set_deadline(ANSWER_SECONDS)
+                request = Request(head)
+                response = request.error or (yield from self._answer(request))
+                if response.status in (400, 401, 405, 408, 431, 505):
+                    REFUSED.inc()
+                yield from send_all(sock, response.encode(with_body=request.command != "HEAD"))
+                # Closing at once would reset the connection if the peer sent more than was read.
+                self._connections[connection] = Stage.ENDING
+                connection.set_deadline(LINGER_SECONDS)
+                sock.shutdown(socket.SHUT_WR)
+                while (yield from receive(sock)):
+                    pass
+        except OSError:  # it hung up, or speaks no TLS: nobody is left to tell
+            logger.debug("A connection to the metrics endpoint broke.", exc_info=True)
+        except GeneratorExit:
+            if self._connections.get(connection) == Stage.ASKING and not self._stopping:
+                REFUSED.inc()
+            raise
+        finally:
+            self._connections.pop(connection, None)
+            sock.close()
+
+    def _answer(self, request: Request) -> Steps[Response]:
+        try:
+            if not self._is_authorized(request):
+                return _plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
+            if request.route == "/metrics":
+                return self._scrape(request)
+            if request.route == "/targets":
+                return Response(200, "application/json", (yield from self._targets()))
+            if request.route == "/":
+                return self._page(request)
+            return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
+        except Exception as error:
+            if request.route == "/metrics":
+                FAILED.inc()
+            if not self._failing:
+                self._failing = True
+                logger.exception("Answering %s failed; it is logged once until it works again.", request.route)
+            return _plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
+
+    def _is_authorized(self, request: Request) -> bool:
+        token = self._read_token()
+        if token is None:
+            return True
+        scheme, _, given = request.header("Authorization").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+    def _scrape(self, request: Request) -> Response:
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": request.route,
+            "QUERY_STRING": request.query,
+            "HTTP_ACCEPT": request.header("Accept"),
+            "HTTP_ACCEPT_ENCODING": request.header("Accept-Encoding"),
+        }
+        headers: dict[str, str] = {}
+        body = b"".join(self._metrics_app(environ, lambda _status, pairs: headers.update(pairs)))
+        self._failing = False
+        SERVED.inc()
+        return Response(200, headers.pop("Content-Type"), body, tuple(headers.items()))
+
+    def _targets(self) -> Steps[bytes]:
+        # Who asks while an answer is being found shares it: one answer asks every port of the range.
+        connection = self._loop.current()
+        self._finding_for.append(connection)
+        if len(self._finding_for) == 1:
+            self._loop.spawn(self._find())
+        while connection in self._finding_for:
+            yield None
+        if self._found is None:
+            raise RuntimeError("The ports could not be asked.")
+        return self._found
+
+    def _find(self) -> Steps[None]:
+        self._found = None
+        try:
+            self._found = yield from self._find_targets(self._loop)
+        finally:
+            connections, self._finding_for = self._finding_for, []
+            for connection in connections:
+                self._loop.resume(connection)
+
+    def _page(self, request: Request) -> Response:
+        about = self._about()
+        if "application/json" in request.header("Accept"):
+            return Response(200, "application/json", json.dumps(about).encode())
+        rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}\n" for k, v in about.items())
+        return Response(200, "text/html; charset=utf-8", PAGE.format(rows=rows).encode())
+
+
+def _plain(status: int, text: str, *headers: tuple[str, str]) -> Response:
+    return Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+
+
+def _receive_head(sock: socket.socket) -> Steps[bytes]:
+    """Return what the peer sent up to the empty line, or past the limit; nothing if it hung up before."""
+    head = bytearray()
+    while not (end := HEADER_END.search(head)) and len(head) <= MAX_HEADER_BYTES:
+        chunk = yield from receive(sock)
+        if not chunk:
+            return b""
+        head += chunk
+    return bytes(head[: end.end()] if end else head)

@@ -1,0 +1,219 @@
+"""Many sockets, one thread: a conversation is a generator that yields what it waits for.
+
+No socket ever blocks, so that no peer can hold up another; only the selector waits. That makes the same code
+right in a thread, under gevent (where the selector yields to the hub) and in a command.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from itertools import islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+# What a conversation yields: the socket and the events it waits for, or None to wait for resume().
+Wait = tuple[socket.socket, int] | None
+Steps = Generator[Wait, None, T]
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+CHUNK = 65536
+
+
+class Conversation:
+    """A generator on its way, and the moment (time.monotonic) at which it is dropped."""
+
+    __slots__ = ("deadline", "steps", "waiting_on")
+
+    def __init__(self, steps: Steps[Any], seconds: float | None) -> None:
+        self.steps = steps
+        self.waiting_on: int | None = None
+        self.set_deadline(seconds)
+
+    def set_deadline(self, seconds: float | None) -> None:
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+
+class Loop:
+    """Advances conversations, one step at a time.
+
+    `busy` is held while a step runs: who holds it knows that no conversation is inside a lock or half-way
+    through anything.
+    """
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()
+        self._conversations: dict[Conversation, None] = {}  # oldest first
+        self._resumed: deque[Conversation] = deque()
+        self._current: Conversation | None = None
+        self._selector = selectors.DefaultSelector()
+        self._wakee, self._waker = socket.socketpair()
+        self._wakee.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._wakee, READ, None)
+
+    def spawn(self, steps: Steps[Any], seconds: float | None = None) -> Conversation:
+        """Begin a conversation; it is dropped after that many seconds."""
+        conversation = Conversation(steps, seconds)
+        self._conversations[conversation] = None
+        self._resumed.append(conversation)
+        return conversation
+
+    def resume(self, conversation: Conversation) -> None:
+        """Let a conversation that yielded None take its next step."""
+        self._resumed.append(conversation)
+
+    def drop(self, conversation: Conversation) -> None:
+        """End a conversation where it stands; its generator cleans up in `finally`."""
+        self._forget(conversation)
+        self._conversations.pop(conversation, None)
+        conversation.steps.close()
+
+    def current(self) -> Conversation:
+        """Return the conversation whose step is running."""
+        assert self._current is not None
+        return self._current
+
+    def gather(self, many: Iterable[Steps[T]], seconds: float, at_once: int = 64) -> Steps[list[T | None]]:
+        """Hold many conversations, so many at once, and return their results in order: None where one was dropped."""
+        parent = self.current()
+        results: list[T | None] = []
+
+        def keep(index: int, steps: Steps[T]) -> Steps[None]:
+            try:
+                results[index] = yield from steps
+            finally:
+                self.resume(parent)
+
+        remaining = iter(many)
+        while batch := list(islice(remaining, at_once)):
+            start = len(results)
+            results += [None] * len(batch)
+            children = [self.spawn(keep(start + i, steps), seconds) for i, steps in enumerate(batch)]
+            while any(child in self._conversations for child in children):
+                yield None
+        return results
+
+    def complete(self, steps: Steps[T]) -> T:
+        """Run until this conversation ends and return its result."""
+        results: list[T] = []
+
+        def keep() -> Steps[None]:
+            results.append((yield from steps))
+
+        conversation = self.spawn(keep())
+        while conversation in self._conversations:
+            self.turn()
+        return results[0]
+
+    def turn(self) -> None:
+        """Wait until a conversation can go on or a deadline passes, and advance what can."""
+        with self.busy:
+            self._advance_resumed()
+            timeout = 0.0 if self._resumed else self._seconds_to_deadline()
+        events = self._selector.select(timeout)
+        with self.busy:
+            for key, _ in events:
+                if key.data is None:
+                    self._drain_wakeups()
+                elif key.data.waiting_on == key.fd:  # not dropped by an earlier step of this turn
+                    self._advance(key.data)
+            self._drop_late()
+            self._advance_resumed()
+
+    def wake(self) -> None:
+        """Make a turn() that waits in another thread return."""
+        try:
+            self._waker.send(b".")
+        except OSError:  # full (it will wake anyway) or closed
+            pass
+
+    def close(self) -> None:
+        """Drop every conversation and close every descriptor. In a forked child this leaves the parent's untouched."""
+        # First: deregistering from an inherited epoll would deregister the parent's sockets.
+        self._selector.close()
+        for conversation in list(self._conversations):
+            conversation.waiting_on = None
+            conversation.steps.close()
+        self._conversations.clear()
+        self._wakee.close()
+        self._waker.close()
+
+    def _advance_resumed(self) -> None:
+        for _ in range(len(self._resumed)):  # one that resumes itself lets the others have their turn
+            conversation = self._resumed.popleft()
+            if conversation in self._conversations:
+                self._advance(conversation)
+
+    def _advance(self, conversation: Conversation) -> None:
+        self._forget(conversation)
+        self._current = conversation
+        try:
+            wait = next(conversation.steps)
+        except BaseException as error:
+            self._conversations.pop(conversation, None)
+            if not isinstance(error, StopIteration):
+                raise
+            return
+        finally:
+            self._current = None
+        if wait is not None:
+            sock, events = wait
+            conversation.waiting_on = sock.fileno()
+            self._selector.register(conversation.waiting_on, events, conversation)
+
+    def _forget(self, conversation: Conversation) -> None:
+        # Before the descriptor is closed: gevent's selector insists, and the kernel may hand out the number again.
+        if conversation.waiting_on is not None:
+            self._selector.unregister(conversation.waiting_on)
+            conversation.waiting_on = None
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        for conversation in [c for c in self._conversations if c.deadline is not None and c.deadline <= now]:
+            self.drop(conversation)
+
+    def _seconds_to_deadline(self) -> float | None:
+        deadlines = [c.deadline for c in self._conversations if c.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _drain_wakeups(self) -> None:
+        try:
+            self._wakee.recv(CHUNK)
+        except BlockingIOError:
+            pass
+
+
+def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Steps[T]:
+    """Repeat a non-blocking operation until it does not have to wait."""
+    while True:
+        try:
+            return operation()
+        except (BlockingIOError, InterruptedError):
+            yield sock, events
+        except ssl.SSLWantReadError:
+            yield sock, READ
+        except ssl.SSLWantWriteError:
+            yield sock, WRITE
+
+
+def receive(sock: socket.socket) -> Steps[bytes]:
+    """Return what arrives next; empty at the end of the stream."""
+    try:
+        return (yield from attempt(sock, lambda: sock.recv(CHUNK), READ))
+    except ssl.SSLError:  # cut off without TLS' own goodbye
+        return b""
+
+
+def send_all(sock: socket.socket, data: bytes) -> Steps[None]:
+    """Send all of it."""
+    rest = memoryview(data)
+    while rest:
+        sent = yield from attempt(sock, lambda: sock.send(rest[:CHUNK]), WRITE)  # noqa: B023
+        rest = rest[sent:]

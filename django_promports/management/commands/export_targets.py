@@ -1,0 +1,102 @@
+"""manage.py export_targets: the Prometheus target list of this site's workers."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError
+
+from django_promports import targets
+from django_promports.checks import TAG
+from django_promports.conf import conf
+from django_promports.loop import Loop
+
+
+class Command(BaseCommand):
+    help = "Writes the Prometheus file_sd target list that covers every port of PROMPORTS_PORT_RANGE."
+    requires_system_checks: Sequence[str] = [TAG]
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--output", "-o", type=Path, metavar="FILE",
+            help="Write to FILE, which Prometheus never sees half written, instead of standard output.",
+        )
+        parser.add_argument(
+            "--host", action="append", default=[],
+            help="Host name or IP address of a target, instead of PROMPORTS_TARGET_HOST. Repeat it for several hosts: "
+            "each has every port.",
+        )
+        parser.add_argument(
+            "--label", action="append", default=[], metavar="NAME=VALUE",
+            help="Label of every target, added to PROMPORTS_TARGET_LABELS. Repeatable.",
+        )
+        parser.add_argument(
+            "--worker-label", action="store_true",
+            help="One target group per port, with a label `worker` that counts the ports from 0.",
+        )
+        parser.add_argument(
+            "--live", action="store_true",
+            help="Only the ports at which a worker of this site answers now: at the hosts given, or on this machine.",
+        )
+        parser.add_argument("--format", choices=["json", "yaml"], default="json", help="Default: json.")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            content = self.content(**options)
+        except (ImproperlyConfigured, ValueError) as error:
+            raise CommandError(str(error)) from None
+        output: Path | None = options["output"]
+        if output is None:
+            self.stdout.write(content.decode(), ending="")
+            return
+        try:
+            written = targets.write_file(output, content)
+        except OSError as error:
+            raise CommandError(
+                f"{output} could not be written: {error.strerror}. The folder must exist and be writable; "
+                "nothing was changed."
+            ) from None
+        if options["verbosity"] > 0 and written:
+            self.stderr.write(f"Wrote {output}.")
+        elif options["verbosity"] > 1:
+            self.stderr.write(f"{output} was up to date.")
+
+    def content(self, **options: Any) -> bytes:
+        labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
+        if options["worker_label"] and "worker" in labels:
+            raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
+        hosts = list(dict.fromkeys(_parse_host(host) for host in options["host"])) or [conf.PROMPORTS_TARGET_HOST]
+        ports = conf.PROMPORTS_PORT_RANGE
+        exported = [(host, port) for host in hosts for port in ports]
+        if options["live"]:
+            asked = exported if options["host"] else [(conf.local_address, port) for port in ports]
+            with contextlib.closing(Loop()) as loop:
+                answers = loop.complete(targets.ask_all(loop, conf.site, asked))
+            exported = [target for target, answer in zip(exported, answers, strict=True) if answer.state == "live"]
+        groups = targets.target_groups(
+            exported, labels=labels, ports=ports if options["worker_label"] else (), scheme=conf.scheme
+        )
+        return targets.dump_yaml(groups) if options["format"] == "yaml" else targets.dump_json(groups)
+
+
+def _parse_label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--label {text!r} has no '='; write --label NAME=VALUE.")
+    try:
+        targets.check_label(name, value)
+    except ValueError as error:
+        raise ValueError(f"--label {text!r} cannot be used: {error}.") from None
+    return name, value
+
+
+def _parse_host(text: str) -> str:
+    try:
+        return targets.check_host(text)
+    except ValueError as error:
+        raise ValueError(f"--host cannot be used: {error}.") from None

@@ -1,0 +1,239 @@
+"""Targets: the groups that Prometheus reads, asking ports whether they answer, and writing the file.
+
+Formats: https://prometheus.io/docs/prometheus/latest/configuration/configuration/#file_sd_config
+and https://prometheus.io/docs/prometheus/latest/http_sd/
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import re
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from django_promports.loop import WRITE, Loop, Steps, attempt, receive, send_all
+from django_promports.ports import resolve
+
+APPLICATION = "django_promports"
+# Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
+ASK_SECONDS = 3.0
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+
+class TargetGroup(TypedDict):
+    targets: list[str]
+    labels: dict[str, str]
+
+
+class Answer(NamedTuple):
+    """What a port said. state is one of live, free, silent, other."""
+
+    state: str
+    about: Mapping[str, Any] = {}
+    body: bytes = b""
+    seconds: float = 0.0
+
+
+class Site(NamedTuple):
+    """How the endpoints of one site are reached and known."""
+
+    project: str
+    tls: ssl.SSLContext | None = None
+    token: str | None = None
+
+
+def check_host(host: str) -> str:
+    """Return the host without brackets. Raises ValueError if it is no host name or IP address."""
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if _is_ipv6(bare):
+        return bare
+    if re.fullmatch(r".*:\d+", bare):
+        raise ValueError(f"{host!r} has a port in it; the ports come from PROMPORTS_PORT_RANGE")
+    if not re.fullmatch(r"(?=.{1,253}\.?$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", bare):
+        raise ValueError(f"{host!r} is no host name and no IP address")
+    return bare
+
+
+def check_label(name: str, value: object) -> None:
+    """Raise ValueError if Prometheus would refuse the label, or drop it."""
+    # https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+        raise ValueError(f"{name!r} is no label name; use letters, digits and underscores, no digit first")
+    if name.startswith("__"):
+        raise ValueError(f"{name!r} begins with two underscores, which are Prometheus' own")
+    if not isinstance(value, str):
+        raise ValueError(f"the value of {name!r} is {value!r}, no string")
+    if not value.isprintable():
+        raise ValueError(f"the value of {name!r} is {value!r}, which no person can read")
+
+
+def format_target(host: str, port: int) -> str:
+    """Return host:port, with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if _is_ipv6(host) else f"{host}:{port}"
+
+
+def target_groups(
+    targets: Sequence[tuple[str, int]],
+    *,
+    labels: Mapping[str, str],
+    ports: Sequence[int] = (),
+    scheme: str = "http",
+) -> list[TargetGroup]:
+    """Return the target groups of (host, port) pairs: one, or one per port with a `worker` label if `ports` is given.
+
+    `worker` is the place of the port in `ports`, counted from 0.
+    """
+    common = dict(labels)
+    if scheme != "http":
+        common["__scheme__"] = scheme
+    if not targets:
+        return []
+    if not ports:
+        return [{"targets": [format_target(*target) for target in targets], "labels": common}]
+    groups = []
+    for worker, port in enumerate(ports):
+        members = [format_target(*target) for target in targets if target[1] == port]
+        if members:
+            groups.append(TargetGroup(targets=members, labels={**common, "worker": str(worker)}))
+    return groups
+
+
+def dump_json(groups: Sequence[TargetGroup]) -> bytes:
+    return (json.dumps(groups, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def dump_yaml(groups: Sequence[TargetGroup]) -> bytes:
+    """A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+
+    def lines() -> Iterator[str]:
+        for group in groups:
+            yield "- targets:"
+            yield from (f"    - {_quote(target)}" for target in group["targets"])
+            if group["labels"]:
+                yield "  labels:"
+                yield from (f"    {name}: {_quote(value)}" for name, value in group["labels"].items())
+
+    return ("\n".join(lines() if groups else ["[]"]) + "\n").encode()
+
+
+def write_file(path: Path, content: bytes) -> bool:
+    """Put the content in the file, so that a reader sees the old one or the new one; False if it was there already.
+
+    Prometheus watches the folder, so an unchanged file is left untouched, and the temporary one has a name that
+    no file_sd pattern matches. Raises OSError, and leaves the old file as it was.
+    """
+    try:
+        if path.read_bytes() == content:
+            return False
+    except FileNotFoundError:
+        pass
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return True
+
+
+def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: str = "/") -> Steps[list[Answer]]:
+    """Ask each (host, port) for a path and return the answers in order."""
+    answers = yield from loop.gather((ask(site, host, port, path) for host, port in targets), ASK_SECONDS)
+    return [answer or Answer("silent") for answer in answers]
+
+
+def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
+    """Ask a port for a path; only an endpoint of this site is `live`."""
+    began = time.monotonic()
+    try:
+        head, body = yield from _fetch(site, host, port, path)
+    except ConnectionRefusedError:
+        return Answer("free")
+    except (OSError, ValueError):
+        return Answer("other")
+    seconds = time.monotonic() - began
+    lines = head.decode("latin-1").split("\r\n")
+    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]) or f"Server: {APPLICATION}" not in lines:
+        return Answer("other", seconds=seconds)
+    if path != "/":
+        return Answer("live", body=body, seconds=seconds)
+    try:
+        about = json.loads(body)
+        known = about["application"] == APPLICATION and about["project"] == site.project
+    except (ValueError, LookupError, TypeError):
+        return Answer("other", seconds=seconds)
+    return Answer("live" if known else "other", about, body, seconds)
+
+
+def count_samples(exposition: bytes) -> int:
+    """Return how many samples an exposition holds."""
+    return sum(1 for line in exposition.splitlines() if line and not line.startswith(b"#"))
+
+
+def client_tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
+    """Return a context for asking this site's endpoints, with the site's own certificate for those that want one.
+
+    The endpoints' certificate is not verified: it names the host for Prometheus, and this asks on this machine.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.load_cert_chain(certfile, keyfile)
+    return context
+
+
+def _fetch(site: Site, host: str, port: int, path: str) -> Steps[tuple[bytes, bytes]]:
+    try:
+        family, address = resolve(host, port)
+    except ValueError:  # a name; commands ask by name, endpoints never do
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, address = info[0], info[4]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(address)
+        if error == errno.EINPROGRESS:
+            yield sock, WRITE
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        if site.tls:
+            sock = tls = site.tls.wrap_socket(sock, do_handshake_on_connect=False)
+            yield from attempt(tls, tls.do_handshake, WRITE)
+        lines = [f"GET {path} HTTP/1.1", f"Host: {format_target(host, port)}", "Accept: application/json"]
+        if site.token is not None:
+            lines.append(f"Authorization: Bearer {site.token}")
+        yield from send_all(sock, "\r\n".join([*lines, "Connection: close", "", ""]).encode())
+        received = bytearray()
+        while chunk := (yield from receive(sock)):
+            received += chunk
+            if len(received) > MAX_ANSWER_BYTES:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    finally:
+        sock.close()
+    head, _, body = bytes(received).partition(b"\r\n\r\n")
+    return head, body
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,275 @@
+"""This process's claim: who gets one, when, and what becomes of it at a fork.
+
+The only mutable state of the package. Every hook says in which process it runs:
+
+- on_ready(): each process that loads the site. A server process claims; a management command does not.
+- _on_request(): a server process, at its first request. From then on it is a worker for good.
+- _before_fork(), _after_fork_in_parent(): a process that is armed (it claimed once) and forks.
+- _after_fork_in_child(): its child.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from django.core import checks as django_checks
+from django.core.signals import request_started
+from prometheus_client import Gauge
+
+from django_promports import ports, targets
+from django_promports.checks import check_settings
+from django_promports.conf import conf
+from django_promports.endpoint import Endpoint
+from django_promports.loop import Loop, Steps
+
+logger = logging.getLogger("django_promports")
+
+# Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
+RETRY_SECONDS = 0.5
+
+PORT = Gauge("promports_port", "The port that this process holds.")
+WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
+
+
+class _Process:
+    """What this process holds, and what is known about it. A forked child begins with a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.port: int | None = None
+        self.endpoint: Endpoint | None = None
+        self.retry: threading.Thread | None = None
+        self.stopping = threading.Event()
+        self.waiting_sign: Any = None
+        self.broken = False
+        # True once it served a request or called start(), and in its forked children, which are its own business.
+        # Until then it may be a master, and a child of a master is a worker.
+        self.is_worker = False
+        self.forking_thread: int | None = None
+
+
+_process = _Process()
+_armed = False
+
+
+def on_ready() -> None:
+    """Called by AppConfig.ready(): claim if this process is a server, and otherwise see whether it becomes one.
+
+    Servers import the project's wsgi.py or asgi.py, and with it one of these modules, before the apps are loaded;
+    management commands do not.
+    """
+    request_started.connect(_on_request, dispatch_uid="django_promports")
+    if "django.core.wsgi" in sys.modules or "django.core.asgi" in sys.modules:
+        _claim()
+
+
+def start() -> int | None:
+    """Claim a port for this process and serve its metrics there; return the port.
+
+    For processes that Django cannot know to be servers: a Celery pool child, a gRPC server, a daemon. It does
+    nothing if the process has a port, and never raises: where no port is free the answer is None, and the
+    process takes the first that comes free.
+    """
+    _process.is_worker = True
+    _claim()
+    return port()
+
+
+def stop() -> None:
+    """Free the port of this process, if it has one, and end its thread."""
+    _release(_process)
+    _process.broken = False
+
+
+def port() -> int | None:
+    """Return the port that this process holds, or None."""
+    return _process.port
+
+
+def _release(process: _Process) -> None:
+    process.stopping.set()
+    if process.retry is not None and process.retry is not threading.current_thread():
+        process.retry.join()
+    with process.lock:
+        if process.endpoint is not None:
+            process.endpoint.stop()
+            logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
+        process.endpoint = process.port = process.retry = None
+        process.stopping = threading.Event()
+
+
+def _on_request(**kwargs: Any) -> None:
+    # Tests that call views are no server; django.core.mail.outbox exists in Django's test environment only.
+    mail = sys.modules.get("django.core.mail")
+    if hasattr(mail, "outbox"):
+        return
+    request_started.disconnect(dispatch_uid="django_promports")
+    _process.is_worker = True
+    _claim()
+
+
+def _claim() -> None:
+    process = _process
+    try:
+        if not conf.PROMPORTS_ENABLED:
+            return
+        with process.lock:
+            if process.endpoint is not None or process.retry is not None or process.broken:
+                return
+            _arm()
+            errors = [message for message in check_settings() if message.level >= django_checks.ERROR]
+            for error in errors:
+                logger.error("%s %s This process serves no metrics. (%s)", error.msg, error.hint, error.id)
+            if errors:
+                process.broken = True
+                return
+            try:
+                _serve(process)
+            except ports.RangeFull as full:
+                logger.error(
+                    "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
+                    "Widen PROMPORTS_PORT_RANGE; twice the number of workers leaves room for reloads.",
+                    full,
+                    os.getpid(),
+                )
+                process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
+                process.retry = threading.Thread(target=_retry, args=[process], name="promports-retry", daemon=True)
+                process.retry.start()
+    except Exception:
+        process.broken = True
+        logger.exception("This process (pid %s) serves no metrics.", os.getpid())
+
+
+def _serve(process: _Process) -> None:
+    port_range = conf.PROMPORTS_PORT_RANGE
+    claim = ports.claim(conf.PROMPORTS_ADDRESS, port_range)
+    try:
+        endpoint = Endpoint(
+            claim.listener,
+            about=_describe(claim.port),
+            find_targets=_find_targets,
+            tls=conf.server_tls(),
+            read_token=conf.read_token,
+        )
+    except BaseException:
+        claim.listener.close()
+        raise
+    PORT.set(claim.port)
+    WAITING.set_function(lambda: ports.count_waiting(port_range))
+    endpoint.start()
+    process.endpoint, process.port = endpoint, claim.port
+    logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
+
+
+def _retry(process: _Process) -> None:
+    try:
+        while not process.stopping.wait(RETRY_SECONDS):
+            with process.lock:
+                if process.stopping.is_set():
+                    return
+                try:
+                    _serve(process)
+                except ports.RangeFull:
+                    continue
+                process.retry = None
+                logger.warning("A port came free: this process is metered now. port=%s pid=%s", process.port, os.getpid())
+                return
+    except Exception:
+        process.broken = True
+        logger.exception("This process (pid %s) serves no metrics.", os.getpid())
+    finally:
+        if process.waiting_sign is not None:
+            process.waiting_sign.close()
+            process.waiting_sign = None
+
+
+def _describe(claimed: int) -> Any:
+    about = {
+        "application": targets.APPLICATION,
+        "project": conf.project,
+        "pid": os.getpid(),
+        "port": claimed,
+        "command": _command(),
+    }
+    began = time.monotonic()
+    return lambda: {**about, "uptime_seconds": round(time.monotonic() - began, 3)}
+
+
+def _command() -> str:
+    """Return the words of the command line up to the first option: a later one may be a secret."""
+    program, *words = sys.argv or [sys.executable]
+    path = Path(program)
+    name = path.parent.name if path.name == "__main__.py" else path.name  # python -m gunicorn
+    return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
+
+
+def _find_targets(loop: Loop) -> Steps[bytes]:
+    site, address = conf.site, conf.local_address
+    asked = [(address, number) for number in conf.PROMPORTS_PORT_RANGE]
+    answers = yield from targets.ask_all(loop, site, asked)
+    live = [(conf.PROMPORTS_TARGET_HOST, number) for (_, number), a in zip(asked, answers, strict=True) if a.state == "live"]
+    groups = targets.target_groups(live, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
+    return targets.dump_json(groups)
+
+
+def _arm() -> None:
+    global _armed
+    if not _armed:
+        _armed = True
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )
+
+
+def _before_fork() -> None:
+    process = _process
+    if not process.is_worker:
+        # A master: its first child may have the port, and it must not fork with threads of ours running.
+        _release(process)
+    process.lock.acquire()
+    process.forking_thread = threading.get_ident()
+    if process.endpoint is not None:
+        # The child inherits every lock as it is now; it must not inherit one that the endpoint's thread holds.
+        process.endpoint.pause()
+
+
+def _after_fork_in_parent() -> None:
+    process = _process
+    if process.forking_thread == threading.get_ident():
+        process.forking_thread = None
+        if process.endpoint is not None:
+            process.endpoint.unpause()
+        process.lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _process
+    parent, _process = _process, _Process()
+    _process.is_worker, _process.broken = parent.is_worker, parent.broken
+    if parent.forking_thread is None:  # armed by another thread in the middle of this fork
+        return
+    try:
+        if parent.endpoint is not None:
+            parent.endpoint.abandon()
+        if parent.waiting_sign is not None:
+            parent.waiting_sign.close()
+    except Exception:
+        logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
+    if not parent.is_worker:
+        _prepare_gevent()
+        _claim()
+
+
+def _prepare_gevent() -> None:
+    # gevent prepares a child's hub after these hooks, and before that no thread of its kind can start. It may be
+    # done twice: https://www.gevent.org/api/gevent.html#gevent.reinit
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        sys.modules["gevent"].reinit()

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from django_promports import worker
+
+# Every test gets a block of ports of its own, below the kernel's ephemeral ones.
+BLOCK = 16
+BLOCKS = range(12000, 32000, BLOCK)
+
+
+@pytest.fixture
+def free_ports() -> Iterator[range]:
+    """Fifteen consecutive ports that nobody uses. A listening socket on the one before keeps the block."""
+    for first in BLOCKS:
+        with contextlib.ExitStack() as stack:
+            try:
+                guard = stack.enter_context(_bound(first))
+                guard.listen()
+                for port in range(first + 1, first + BLOCK):
+                    _bound(port).close()
+            except OSError:
+                continue
+            yield range(first + 1, first + BLOCK)
+            return
+    raise RuntimeError(f"No free block of {BLOCK} ports in {BLOCKS}")
+
+
+def _bound(port: int) -> socket.socket:
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+@pytest.fixture
+def program() -> Callable[[str], str]:
+    """Find a program that may be missing on a person's machine, and must not be in CI."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None:
+            if os.environ.get("CI"):
+                pytest.fail(f"{name} is missing; .ci/run installs it")
+            pytest.skip(f"{name} is not installed")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def this_process() -> Iterator[None]:
+    """Let the test claim ports in this process, and free them after it."""
+    yield
+    worker.stop()

@@ -1,0 +1,238 @@
+"""Real servers in process groups of their own, and waiting for what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prometheus_client.parser import text_string_to_metric_families
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+# Generous: a deadline is reached by what is broken, not by what is slow.
+SECONDS = 30.0
+
+
+class Child:
+    """A process and its descendants, with what they printed."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def children(self) -> list[int]:
+        """Return the pids of the process's direct children that are no zombies."""
+        pids = []
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            pids += [int(pid) for pid in (task / "children").read_text().split()]
+        return pids
+
+    def wait_until(self, condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
+        return wait_until(condition, what, seconds, self.output)
+
+    def stop(self, seconds: float = SECONDS) -> None:
+        """End it as an operator does, and everything that it left behind the hard way."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"It does not stop.\n{self.output()}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def wait_until(condition: Callable[[], T], what: str, seconds: float = SECONDS, output: Callable[[], str] = str) -> T:
+    """Return the condition's first true value."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Waited {seconds} s in vain: {what}. Last: {value!r}\n{output()}")
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(*arguments: str, log: Path, **env: str) -> Iterator[Child]:
+    child = Child(arguments, log, env)
+    try:
+        yield child
+    finally:
+        child.stop()
+
+
+class Gunicorn:
+    """gunicorn with the demo site: where it is, and what its endpoints say."""
+
+    def __init__(self, child: Child, address: str, ports: Sequence[int]) -> None:
+        self.child, self.address, self.ports = child, address, ports
+
+    def request(self, path: str = "/", method: str = "GET") -> int:
+        return request(f"http://{self.address}{path}", method)
+
+    def live(self) -> dict[int, int]:
+        """Return the pid behind each port that answers."""
+        return {port: about["pid"] for port in self.ports if (about := describe(port))}
+
+    def wait_for_workers(self, count: int = 4) -> dict[int, int]:
+        return self.child.wait_until(
+            lambda: live if len(live := self.live()) == count and self.accepts() else None, f"{count} workers answer"
+        )
+
+    def accepts(self) -> bool:
+        return "Booting worker" in self.child.output()
+
+    def total(self, sample: str = "django_http_requests_before_middlewares_total") -> float:
+        return sum(scrape(port)[sample] for port in self.live())
+
+
+@contextlib.contextmanager
+def gunicorn(
+    tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: str
+) -> Iterator[Gunicorn]:
+    """Run gunicorn on the demo site; the last of the ports is the site's, the others are the metrics'."""
+    *metric_ports, site_port = ports
+    address = f"127.0.0.1:{site_port}"
+    settings = {
+        "DEMO_PORT_RANGE": range_ or f"{metric_ports[0]}-{metric_ports[-1]}",
+        "DEMO_DATABASE": str(database(tmp_path)),
+        "PYTHONUNBUFFERED": "1",
+        **env,
+    }
+    arguments = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
+    arguments += ["-b", address, "-w", str(workers), *options]
+    with running(*arguments, log=tmp_path / "gunicorn.log", **settings) as child:
+        yield Gunicorn(child, address, metric_ports)
+
+
+def database(tmp_path: Path) -> Path:
+    """Return a database of the demo site in the folder, made at the first call."""
+    path = tmp_path / "demo.sqlite3"
+    if not path.exists():
+        done = manage("migrate", "--verbosity=0", DEMO_DATABASE=str(path))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def manage(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run manage.py."""
+    return subprocess.run(
+        [sys.executable, "manage.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def request(url: str, method: str = "GET", seconds: float = 20) -> int:
+    """Return the status of the answer, or 0 if none came."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=seconds) as response:
+            response.read()
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            error.read()
+            return error.code
+    except (OSError, ValueError):
+        return 0
+
+
+def get(url: str, seconds: float = 10, **headers: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds) as response:
+        return bytes(response.read())
+
+
+def describe(port: int) -> dict[str, Any] | None:
+    """Return what the endpoint at the port says of itself; None if none is there."""
+    try:
+        about: dict[str, Any] = json.loads(get(f"http://127.0.0.1:{port}/", 5, Accept="application/json"))
+    except OSError:
+        return None
+    return about
+
+
+def parse(text: str) -> dict[str, float]:
+    """Return the samples of an exposition by name and labels, as they are written."""
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return samples
+
+
+def scrape(port: int, seconds: float = 10) -> dict[str, float]:
+    return parse(get(f"http://127.0.0.1:{port}/metrics", seconds).decode())
+
+
+def send_requests(count: int, ask: Callable[[int], int], threads: int = 8) -> list[int]:
+    """Call `ask` that many times from several threads and return the statuses."""
+    statuses: list[int] = []
+    numbers = iter(range(count))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            status = ask(number)
+            with lock:
+                statuses.append(status)
+
+    crowd = [threading.Thread(target=work) for _ in range(threads)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    return statuses
+
+
+def listening_ports(pid: int) -> set[int]:
+    """Return the TCP ports at which a process holds a listening socket, forked copies included."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(entry))
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
+                ports.add(int(columns[1].rpartition(":")[2], 16))
+    return ports

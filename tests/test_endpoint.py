@@ -1,0 +1,442 @@
+"""The endpoint's HTTP: what is answered, and that nobody can keep it from answering."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import json
+import logging
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import trustme
+from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily
+
+from django_promports import endpoint as endpoint_module
+from django_promports.endpoint import FAILED, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
+from django_promports.loop import Loop, Steps
+from django_promports.ports import claim
+from tests.servers import ROOT, wait_until
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
+
+
+class Served:
+    """An endpoint in this process, and a client for it."""
+
+    def __init__(self, endpoint: Endpoint, port: int, tls: ssl.SSLContext | None) -> None:
+        self.endpoint, self.port, self.tls = endpoint, port, tls
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def ask(
+        self, path: str = "/metrics", method: str = "GET", seconds: float = 10, **headers: str
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        connection = (
+            http.client.HTTPSConnection("localhost", self.port, timeout=seconds, context=self.tls)
+            if self.tls
+            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        )
+        with contextlib.closing(connection):
+            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+
+def find_targets(loop: Loop) -> Steps[bytes]:
+    return b"[]"
+    yield
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=True)
+    counter = Counter("apples", "Apples eaten.", ["kind"], registry=registry)
+    counter.labels(kind='a"b\\\n').inc(3)
+    Counter("pears", "Pears eaten.", registry=registry).inc(0.5)
+    return registry
+
+
+@pytest.fixture
+def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[..., Served]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
+            claimed = claim("127.0.0.1", free_ports)
+            options = {"about": lambda: {"port": claimed.port, "pid": "<1>"}, "find_targets": find_targets} | options
+            endpoint = Endpoint(claimed.listener, registry=registry, **options)
+            endpoint.start()
+            stack.callback(endpoint.stop)
+            return Served(endpoint, claimed.port, client_tls)
+
+        yield start
+
+
+@pytest.mark.parametrize("accept", ["", "text/plain", "text/plain;version=1.0.0;escaping=values", OPENMETRICS])
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("query", ["", "?name[]=pears_total", "?name[]=nothing"])
+def test_metrics_are_what_prometheus_client_serves(
+    accept: str, encoding: str, query: str, serve: Callable[..., Served], registry: CollectorRegistry
+) -> None:
+    served = serve()
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/metrics",
+        "QUERY_STRING": query[1:],
+        "HTTP_ACCEPT": accept,
+        "HTTP_ACCEPT_ENCODING": encoding,
+    }
+    expected_headers: dict[str, str] = {}
+    expected = b"".join(make_wsgi_app(registry)(environ, lambda _, headers: expected_headers.update(headers)))
+
+    status, headers, body = served.ask(f"/metrics{query}", Accept=accept, Accept_Encoding=encoding)
+
+    assert status == 200
+    assert headers["Content-Type"] == expected_headers["Content-Type"]
+    assert headers.get("Content-Encoding") == expected_headers.get("Content-Encoding")
+    assert _plain(headers, body) == _plain(expected_headers, expected)
+
+
+def test_head_is_answered_like_get_without_the_body(serve: Callable[..., Served]) -> None:
+    served = serve()
+    _, got, body = served.ask()
+
+    status, headers, nothing = served.ask(method="HEAD")
+
+    assert status == 200
+    assert headers["Content-Length"] == got["Content-Length"] == str(len(body))
+    assert nothing == b""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/metrics", 405), ("DELETE", "/", 405), ("GET", "/nothing", 404), ("GET", "/metrics/x", 404)],
+)
+def test_what_is_not_served_is_said_so(method: str, path: str, status: int, serve: Callable[..., Served]) -> None:
+    answered, headers, body = serve().ask(path, method)
+
+    assert answered == status
+    assert headers.get("Allow") == ("GET, HEAD" if status == 405 else None)
+    assert b"GET" in body or b"/metrics" in body
+
+
+def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable[..., Served]) -> None:
+    served = serve()
+
+    _, page_headers, page = served.ask("/")
+    _, data_headers, data = served.ask("/", Accept="application/json")
+
+    assert page_headers["Content-Type"] == "text/html; charset=utf-8"
+    assert b'href="/metrics"' in page
+    assert b'href="/targets"' in page
+    assert b"&lt;1&gt;" in page
+    assert data_headers["Content-Type"] == "application/json"
+    assert json.loads(data) == {"port": served.port, "pid": "<1>"}
+
+
+def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
+    found = []
+    asked = threading.Event()
+
+    def find(loop: Loop) -> Steps[bytes]:
+        asked.set()
+        found.append(1)
+        while len(served.endpoint._finding_for) < 5:
+            loop.resume(loop.current())
+            yield None
+        return b'[{"targets": []}]'
+
+    served = serve(find_targets=find)
+    answers: list[bytes] = []
+    crowd = [threading.Thread(target=lambda: answers.append(served.ask("/targets")[2])) for _ in range(5)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+
+    assert answers == [b'[{"targets": []}]'] * 5
+    assert found == [1]
+
+
+def test_targets_that_cannot_be_found_are_an_error_and_not_an_empty_list(serve: Callable[..., Served]) -> None:
+    def find(loop: Loop) -> Steps[bytes]:
+        raise RuntimeError("no")
+        yield
+
+    assert serve(find_targets=find).ask("/targets")[0] == 500
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\r\n\r\n", 400),
+        (b"GET\r\n\r\n", 400),
+        (b"GET /metrics HTTP/9.9\r\n\r\n", 505),
+        (b"GET /metrics HTTP/x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS hello \r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * MAX_HEADER_BYTES + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000000, 405),
+    ],
+    ids=["empty", "one-word", "version", "no-version", "tls", "long-header", "many-headers", "body"],
+)
+def test_a_malformed_request_is_refused_and_the_next_scrape_served(
+    sent: bytes, status: int, serve: Callable[..., Served]
+) -> None:
+    served = serve()
+    refused = REFUSED._value.get()
+
+    with served.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(sent)
+        with contextlib.closing(http.client.HTTPResponse(sock)) as answer:
+            answer.begin()
+
+    assert answer.status == status
+    assert REFUSED._value.get() == refused + 1
+    assert served.ask()[0] == 200
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_two_hundred_idle_connections_do_not_keep_a_scrape_from_its_answer(
+    tls: bool, serve: Callable[..., Served], certificates: Certificates
+) -> None:
+    served = serve(tls=certificates.server, client_tls=certificates.client) if tls else serve()
+    with contextlib.ExitStack() as stack:
+        for count in (1, 199):
+            for _ in range(count):
+                stack.enter_context(served.connect())
+
+            began = time.monotonic()
+            status, _, _ = served.ask(seconds=5)
+
+            assert status == 200
+            assert time.monotonic() - began < 1
+        assert len(os.listdir("/proc/self/task")) < 20
+
+
+def test_a_header_that_trickles_in_is_dropped_in_time(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "HEADER_SECONDS", 0.5)
+    served = serve()
+    refused = REFUSED._value.get()
+    with served.connect() as sock:
+        began = time.monotonic()
+
+        def trickle() -> bool:
+            try:
+                sock.sendall(b"G")
+            except OSError:
+                return True
+            return False
+
+        wait_until(trickle, "the connection is dropped", 5)
+
+        assert time.monotonic() - began >= 0.5
+        assert REFUSED._value.get() == refused + 1
+
+
+def test_the_oldest_unfinished_connection_makes_room_for_a_newcomer(serve: Callable[..., Served]) -> None:
+    served = serve()
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(served.connect()) for _ in range(MAX_CONNECTIONS)]
+        assert served.ask()[0] == 200
+
+        crowd[0].settimeout(5)
+
+        assert crowd[0].recv(1) == b""
+        crowd[1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            crowd[1].recv(1)
+
+
+def test_a_peer_that_never_reads_its_answer_holds_up_nobody(
+    serve: Callable[..., Served], registry: CollectorRegistry
+) -> None:
+    big = Counter("big", "Longer than any socket buffer.", ["x"], registry=registry)
+    for i in range(20000):
+        big.labels("x" * 100 + str(i)).inc()
+    served = serve()
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            sock = stack.enter_context(served.connect())
+            sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+
+        assert served.ask("/")[0] == 200
+
+
+def test_a_peer_that_hangs_up_is_no_news(
+    serve: Callable[..., Served], registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "django_promports")
+    served = serve()
+    for sent in (b"", b"GET /met", b"GET /metrics HTTP/1.1\r\n\r\n"):
+        sock = served.connect()
+        # A reset instead of a goodbye.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        sock.sendall(sent)
+        sock.close()
+
+    assert served.ask()[0] == 200
+    assert not caplog.records
+
+
+def test_a_scrape_that_fails_is_counted_and_logged_once(
+    serve: Callable[..., Served], registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        broken = True
+
+        def describe(self) -> list[Any]:
+            return []
+
+        def collect(self) -> Iterator[GaugeMetricFamily]:
+            if self.broken:
+                raise RuntimeError("the kettle is empty")
+            yield GaugeMetricFamily("kettle", "Kettles.", 1)
+
+    broken = Broken()
+    registry.register(broken)  # type: ignore[arg-type]
+    served = serve()
+    failed, answered = FAILED._value.get(), SERVED._value.get()
+
+    statuses = [served.ask()[0] for _ in range(3)]
+
+    assert statuses == [500] * 3
+    assert FAILED._value.get() == failed + 3
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    broken.broken = False
+    assert served.ask()[0] == 200
+    assert SERVED._value.get() == answered + 1
+
+
+def test_without_the_token_nothing_is_served(serve: Callable[..., Served]) -> None:
+    served = serve(read_token=lambda: "s3cret")
+
+    for path in ("/metrics", "/targets", "/", "/nothing"):
+        assert served.ask(path)[0] == 401
+        assert served.ask(path, Authorization="Bearer wrong")[0] == 401
+        assert served.ask(path, Authorization="Basic s3cret")[0] == 401
+    assert served.ask()[1]["WWW-Authenticate"] == "Bearer"
+    assert served.ask(Authorization="Bearer s3cret")[0] == 200
+    assert served.ask(Authorization="bearer s3cr\u00e9t".encode().decode("latin-1"))[0] == 401
+
+
+class Certificates:
+    def __init__(self) -> None:
+        authority = trustme.CA()
+        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(self.server)
+        self.client = ssl.create_default_context()
+        authority.configure_trust(self.client)
+        self.mutual = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(self.mutual)
+        authority.configure_trust(self.mutual)
+        self.mutual.verify_mode = ssl.CERT_REQUIRED
+        self.known_client = ssl.create_default_context()
+        authority.configure_trust(self.known_client)
+        authority.issue_cert("prometheus").configure_cert(self.known_client)
+
+
+@pytest.fixture(scope="session")
+def certificates() -> Certificates:
+    return Certificates()
+
+
+def test_https_is_served_and_http_refused(serve: Callable[..., Served], certificates: Certificates) -> None:
+    served = serve(tls=certificates.server, client_tls=certificates.client)
+
+    assert served.ask()[0] == 200
+    served.tls = None
+    with pytest.raises((OSError, http.client.HTTPException)):
+        served.ask()
+    served.tls = certificates.client
+    assert served.ask()[0] == 200
+
+
+def test_a_large_answer_arrives_whole_over_https(
+    serve: Callable[..., Served], certificates: Certificates, registry: CollectorRegistry
+) -> None:
+    big = Counter("big", "Longer than any socket buffer.", ["x"], registry=registry)
+    for i in range(20000):
+        big.labels("x" * 100 + str(i)).inc()
+    served = serve(tls=certificates.server, client_tls=certificates.client)
+
+    _, headers, body = served.ask()
+
+    assert len(body) == int(headers["Content-Length"]) > 4_000_000
+
+
+def test_a_client_without_certificate_is_refused_where_one_is_required(
+    serve: Callable[..., Served], certificates: Certificates
+) -> None:
+    served = serve(tls=certificates.mutual, client_tls=certificates.client)
+
+    with pytest.raises(OSError):  # noqa: PT011  the alert may arrive as ssl.SSLError or a reset
+        served.ask()
+    served.tls = certificates.known_client
+    assert served.ask()[0] == 200
+
+
+def test_stop_frees_the_port_and_ends_the_thread(serve: Callable[..., Served], free_ports: range) -> None:
+    served = serve()
+    with served.connect():
+        assert "promports-endpoint" in [thread.name for thread in threading.enumerate()]
+
+        served.endpoint.stop()
+
+        assert "promports-endpoint" not in [thread.name for thread in threading.enumerate()]
+    again = claim("127.0.0.1", free_ports)
+    again.listener.close()
+    assert again.port == served.port
+
+
+def test_the_endpoint_survives_a_process_without_file_descriptors() -> None:
+    script = """
+import os, resource, socket, urllib.request
+from django_promports.endpoint import Endpoint
+from django_promports.ports import claim
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+listener = socket.create_server(("127.0.0.1", 0))
+port = listener.getsockname()[1]
+listener.setblocking(False)
+Endpoint(listener, about=dict, find_targets=None).start()
+url = f"http://127.0.0.1:{port}/metrics"
+client = socket.create_connection(("127.0.0.1", port))
+urllib.request.urlopen(url, timeout=10).close()    # so client was accepted
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+os.close(held.pop())
+late = socket.create_connection(("127.0.0.1", port), timeout=10)   # takes the last descriptor: accept() has none
+client.settimeout(10)
+client.recv(1)    # the oldest connection was dropped for the newcomer, or its deadline passed
+for descriptor in held:
+    os.close(descriptor)
+print(urllib.request.urlopen(url, timeout=10).status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )
+
+    assert done.stdout.strip() == "200", done.stderr
+
+
+def _plain(headers: Mapping[str, str], body: bytes) -> bytes:
+    return gzip.decompress(body) if headers.get("Content-Encoding") == "gzip" else body

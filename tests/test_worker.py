@@ -1,0 +1,326 @@
+"""Who holds a port: real servers, forks and kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import django_promports
+from tests.servers import (
+    ROOT,
+    database,
+    describe,
+    get,
+    gunicorn,
+    listening_ports,
+    manage,
+    request,
+    running,
+    scrape,
+    send_requests,
+)
+
+CONFIG = str(ROOT / "demo_site/gunicorn.conf.py")
+KINDS = {
+    "sync": ["-k", "sync"],
+    "gthread": ["-k", "gthread", "--threads", "4"],
+    "gevent": ["-k", "gevent"],
+}
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no-preload", "preload"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_gunicorn_worker_serves_its_own_registry_on_the_lowest_free_ports(
+    kind: str, preload: list[str], free_ports: range, tmp_path: Path
+) -> None:
+    options = [*KINDS[kind], *preload]
+    if kind == "gevent" and preload:
+        # Django itself does not survive gunicorn patching after it was loaded, with or without us.
+        config = tmp_path / "patched.py"
+        config.write_text(f"from gevent import monkey\nmonkey.patch_all()\nexec(open({CONFIG!r}).read())\n")
+        options += ["-c", str(config)]
+    with gunicorn(tmp_path, free_ports, *options) as site:
+        live = site.wait_for_workers()
+
+        statuses = send_requests(400, lambda _: site.request())
+
+        assert statuses.count(200) == 400, site.child.output()
+        assert sorted(live) == list(free_ports[:4]) == sorted(site.live())
+        assert len(set(live.values())) == 4
+        assert set(live.values()) == set(site.child.children())
+        samples = {port: scrape(port) for port in live}
+        assert sum(s["django_http_requests_before_middlewares_total"] for s in samples.values()) == 400
+        assert {port: s["promports_port"] for port, s in samples.items()} == {port: port for port in live}
+        for port, pid in live.items():
+            assert samples[port]["process_start_time_seconds"] == pytest.approx(_start_time(pid), abs=0.02)
+        # The master holds the site's socket only, and no thread of ours; a patched gevent has one of its own.
+        assert listening_ports(site.child.pid) == {free_ports[-1]}
+        assert len(os.listdir(f"/proc/{site.child.pid}/task")) == (2 if "patched" in " ".join(options) else 1)
+    assert not any(describe(port) for port in free_ports[:8])
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no-preload", "preload"])
+def test_reload_in_a_range_as_wide_as_the_workers_leaves_no_worker_without_port(
+    preload: list[str], free_ports: range, tmp_path: Path
+) -> None:
+    width = f"{free_ports[0]}-{free_ports[3]}"
+    with gunicorn(tmp_path, free_ports, *preload, range_=width) as site:
+        before = site.wait_for_workers()
+
+        for _ in range(2):
+            os.kill(site.child.pid, signal.SIGHUP)
+            after = site.child.wait_until(
+                lambda old=set(before.values()): new if len(new := site.live()) == 4 and not old & set(new.values()) else {},
+                "four new workers have the four ports",
+            )
+            before = after
+
+        assert scrape(free_ports[0])["promports_waiting_processes"] == 0
+
+
+def test_a_process_that_waits_for_a_port_is_seen_and_gets_the_first_that_comes_free(
+    free_ports: range, tmp_path: Path
+) -> None:
+    width = f"{free_ports[0]}-{free_ports[1]}"
+    with gunicorn(tmp_path, free_ports, range_=width) as site:
+        live = site.wait_for_workers(2)
+        for port in live:
+            site.child.wait_until(lambda p=port: scrape(p)["promports_waiting_processes"] == 2, "two wait")
+        shown = manage("show_targets", DEMO_PORT_RANGE=width)
+        statuses = send_requests(100, lambda _: site.request())
+        waiting = set(site.child.children()) - set(live.values())
+
+        os.kill(live[free_ports[0]], signal.SIGKILL)
+
+        site.child.wait_until(
+            lambda: (describe(free_ports[0]) or {"pid": None})["pid"] not in (None, live[free_ports[0]]),
+            "somebody takes the port of the killed worker",
+        )
+        assert statuses.count(200) == 100
+        assert len(waiting) == 2
+        assert "2 processes wait for a port" in shown.stdout
+        assert site.child.output().count("ERROR django_promports No free port") >= 2
+
+
+def test_the_successor_of_a_killed_worker_has_the_lowest_free_port(free_ports: range, tmp_path: Path) -> None:
+    with gunicorn(tmp_path, free_ports) as site:
+        live = site.wait_for_workers()
+
+        os.kill(live[free_ports[1]], signal.SIGKILL)
+
+        after = site.child.wait_until(
+            lambda: now if len(now := site.live()) == 4 and now != live else None, "the successor answers"
+        )
+        assert sorted(after) == list(free_ports[:4])
+        assert {p: pid for p, pid in after.items() if p != free_ports[1]} == {
+            p: pid for p, pid in live.items() if p != free_ports[1]
+        }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_helper_forked_in_a_view_holds_no_port_when_its_worker_is_killed(
+    kind: str, free_ports: range, tmp_path: Path
+) -> None:
+    (tmp_path / "helper_site.py").write_text(HELPER_SITE)
+    (tmp_path / "helper_wsgi.py").write_text("from demo_site.wsgi import application")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DJANGO_SETTINGS_MODULE": "helper_site"}
+    with gunicorn(tmp_path, free_ports, *KINDS[kind], "helper_wsgi", workers=1, **env) as site:
+        (port, worker), *_ = site.wait_for_workers(1).items()
+        assert site.request("/") == 200
+        helper = int(get(f"http://{site.address}/helper/"))
+        with socket.create_connection(("127.0.0.1", port)):  # a scrape under way at the fork
+            second = int(get(f"http://{site.address}/helper/"))
+
+        assert port not in listening_ports(helper) | listening_ports(second)
+        os.kill(worker, signal.SIGKILL)
+        site.child.wait_until(
+            lambda: (about := describe(port)) and about["pid"] not in (worker, helper, second),
+            "the successor of the killed worker has its port",
+        )
+        assert _is_alive(helper)
+
+
+def test_the_forked_children_of_a_worker_claim_nothing_but_may_start(free_ports: range, tmp_path: Path) -> None:
+    script = """
+import os, django_promports, django
+django.setup()
+ports = [django_promports.start()]
+if os.fork() == 0:
+    ports.append(django_promports.port())
+    ports.append(django_promports.start())
+    if os.fork() == 0:
+        ports.append(django_promports.port())
+        print(*ports, flush=True)
+        os._exit(0)
+    os.wait()
+    os._exit(0)
+os.wait()
+"""
+    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+
+    assert done.stdout.split() == [str(free_ports[0]), "None", str(free_ports[1]), "None"], done.stderr
+
+
+def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_process: None, settings: object) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
+
+    first = django_promports.start()
+    second = django_promports.start()
+    held = django_promports.port()
+    about = describe(free_ports[0])
+    django_promports.stop()
+
+    assert first == second == held == free_ports[0]
+    assert about is not None
+    assert about["pid"] == os.getpid()
+    assert django_promports.port() is None
+    assert describe(free_ports[0]) is None
+    assert django_promports.start() == free_ports[0]
+
+
+def test_disabled_claims_nothing(free_ports: range, this_process: None, settings: object) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
+    settings.PROMPORTS_ENABLED = False  # type: ignore[attr-defined]
+
+    assert django_promports.start() is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check"], ["migrate"], ["shell", "-c", "{probe}"], ["test", "probe_tests"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_management_command_holds_no_port_and_opens_none(
+    arguments: list[str], free_ports: range, tmp_path: Path
+) -> None:
+    # The command reports at its exit which ports it bound, and its threads. Port 0 is the check of the address.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, socket, sys\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(args[1][1]) if event == 'socket.bind' else None)\n"
+        "import threading\n"
+        "atexit.register(lambda: print('OPENED', set(opened) - {0}, 'THREADS', threading.active_count(), file=sys.stderr))\n"
+    )
+    (tmp_path / "probe_tests.py").write_text(
+        "from django.test import TestCase\n"
+        "class Test(TestCase):\n"
+        "    def test_view(self):\n"
+        "        assert self.client.get('/').status_code == 200\n"
+    )
+    done = manage(
+        *(a.format(probe="from django.core.signals import request_started") for a in arguments),
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+        DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[-1]}",
+        DEMO_DATABASE=str(tmp_path / "new.sqlite3"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "OPENED set() THREADS 1" in done.stderr
+    assert "promports" not in done.stdout + done.stderr
+
+
+def test_pytest_holds_no_port(client: object, free_ports: range, settings: object) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
+
+    client.get("/nowhere/")  # type: ignore[attr-defined]
+
+    assert django_promports.port() is None
+    assert not listening_ports(os.getpid()) & set(free_ports)
+
+
+@pytest.mark.parametrize("options", [["--noreload"], []], ids=["noreload", "reload"])
+def test_runserver_serves_metrics_from_the_process_that_answers_requests(
+    options: list[str], free_ports: range, tmp_path: Path
+) -> None:
+    *metric_ports, site_port = free_ports
+    env = {
+        "DEMO_PORT_RANGE": f"{metric_ports[0]}-{metric_ports[-1]}",
+        "DEMO_DATABASE": str(database(tmp_path)),
+        "DEMO_DEBUG": "1",
+    }
+    command = [sys.executable, "manage.py", "runserver", f"127.0.0.1:{site_port}", *options]
+    with running(*command, log=tmp_path / "runserver.log", **env) as child:
+        child.wait_until(lambda: request(f"http://127.0.0.1:{site_port}/") == 200, "runserver answers")
+
+        about = child.wait_until(lambda: describe(metric_ports[0]), "the endpoint answers")
+
+        server = child.children()[0] if not options else child.pid
+        assert about["pid"] == server
+        assert about["command"] == f"manage.py runserver 127.0.0.1:{site_port}"
+        if server != child.pid:
+            assert not listening_ports(child.pid)
+        assert not describe(metric_ports[1])
+
+
+def test_run_main_in_the_environment_harms_nothing(free_ports: range, tmp_path: Path) -> None:
+    with gunicorn(tmp_path, free_ports, workers=1, RUN_MAIN="true") as site:
+        site.wait_for_workers(1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"DEMO_PORT_RANGE": ""}, "PROMPORTS_PORT_RANGE is ''"),
+        ({"DEMO_PORT_RANGE": "19131-19100"}, "it is reversed"),
+        ({"DEMO_PORT_RANGE": "80-90"}, "promports.E010"),
+        ({"DEMO_ADDRESS": "192.0.2.1"}, "this machine cannot bind it"),
+        ({"PROMETHEUS_MULTIPROC_DIR": "/nonexistent"}, "promports.E003"),
+    ],
+    ids=["empty", "reversed", "privileged", "address", "multiprocess"],
+)
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no-preload", "preload"])
+def test_with_a_wrong_setting_the_site_is_served_and_the_log_says_what_to_do(
+    preload: list[str], setting: dict[str, str], said: str, free_ports: range, tmp_path: Path
+) -> None:
+    if "PROMETHEUS_MULTIPROC_DIR" in setting:
+        setting = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    data = str(database(tmp_path))
+    with gunicorn(tmp_path, free_ports, *preload, workers=1, DEMO_DATABASE=data, **setting) as site:
+        site.child.wait_until(lambda: site.request() == 200, "the site answers")
+
+        output = site.child.output()
+        assert output.count("ERROR django_promports") == 1, output
+        assert said in output
+        assert "Traceback" not in output
+    check = manage("check", DEMO_DATABASE=data, **setting)
+    assert check.returncode == 1
+    assert said in check.stderr
+
+
+HELPER_SITE = """
+import multiprocessing, time
+from demo_site.settings import *
+ROOT_URLCONF = "helper_site"
+from django.http import HttpResponse
+from django.urls import path
+
+def helper(request):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+    child.start()
+    return HttpResponse(str(child.pid))
+
+urlpatterns = [path("", lambda request: HttpResponse()), path("helper/", helper)]
+"""
+
+
+def _python(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "demo_site.settings", **env}
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def _start_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
