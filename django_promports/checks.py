@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 
@@ -25,7 +24,11 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
         lambda: conf.PROMPORTS_ADDRESS,
         "Use '127.0.0.1' for this machine only, '0.0.0.0' or '::' for every interface.",
     ),
-    ("E005", lambda: conf.PROMPORTS_TARGET_HOST, "Use the name or IP address under which Prometheus reaches this host."),
+    (
+        "E005",
+        lambda: conf.PROMPORTS_TARGET_HOST,
+        "Use the name or IP address under which Prometheus reaches this host.",
+    ),
     ("E006", lambda: conf.PROMPORTS_TARGET_LABELS, "Use a dict of strings, like {'site': 'shop'}."),
     ("E007", lambda: conf.server_tls(), "Give readable PEM files, the key where the certificate file has none."),
     ("E008", lambda: conf.read_token(), "Give a readable file that holds the token."),
@@ -98,14 +101,13 @@ def _check_rivals() -> Iterator[checks.CheckMessage]:
             hint=f"Unset {name}; the ports need no multiprocess mode.",
             id="promports.E003",
         )
-    old_range = getattr(settings, "PROMETHEUS_METRICS_EXPORT_PORT_RANGE", None)
-    old_port = getattr(settings, "PROMETHEUS_METRICS_EXPORT_PORT", None)
-    if old_range or old_port:
+    old_range = conf.django_prometheus("PORT_RANGE")
+    if old_range or conf.django_prometheus("PORT"):
         name = "PROMETHEUS_METRICS_EXPORT_PORT" + ("_RANGE" if old_range else "")
         # A range and a list are written as they are; any other iterable would be read away.
         ports = old_range if isinstance(old_range, range | list | tuple) else range(19100, 19132)
         replacement = f"PROMPORTS_PORT_RANGE = {ports!r}"
-        if address := getattr(settings, "PROMETHEUS_METRICS_EXPORT_ADDRESS", ""):
+        if address := conf.django_prometheus("ADDRESS"):
             replacement += f" and PROMPORTS_ADDRESS = {address!r}"
         yield checks.Error(
             f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",

@@ -9,9 +9,8 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -59,8 +58,8 @@ class Conf:
             raise _unusable("PROMPORTS_TARGET_HOST", value, error) from None
 
     @property
-    def PROMPORTS_TARGET_LABELS(self) -> Mapping[str, str]:
-        labels: Mapping[str, str] = self._typed("PROMPORTS_TARGET_LABELS", Mapping, {})
+    def PROMPORTS_TARGET_LABELS(self) -> dict[str, str]:
+        labels: dict[str, str] = self._typed("PROMPORTS_TARGET_LABELS", dict, {})
         try:
             for name, value in labels.items():
                 check_label(name, value)
@@ -83,6 +82,10 @@ class Conf:
     @property
     def PROMPORTS_BEARER_TOKEN_FILE(self) -> str | None:
         return self._file("PROMPORTS_BEARER_TOKEN_FILE")
+
+    def django_prometheus(self, name: str) -> Any:
+        """Return a setting of django-prometheus' own ports; None if it is not set."""
+        return getattr(settings, f"PROMETHEUS_METRICS_EXPORT_{name}", None)
 
     @property
     def project(self) -> str:

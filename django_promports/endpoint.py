@@ -69,8 +69,6 @@ Every other worker has a port of its own.
 """
 
 
-
-
 class Response(NamedTuple):
     status: int
     content_type: str

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Prometheus closes its connection after a scrape that it gave up, and others ask too: a short queue is enough.
 BACKLOG = 128
@@ -72,7 +72,7 @@ def format_ports(ports: Sequence[int]) -> str:
     return ",".join(map(str, ports))
 
 
-def resolve(address: str, port: int = 0) -> tuple[socket.AddressFamily, tuple[str | int, ...]]:
+def resolve(address: str, port: int = 0) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     """Return family and socket address of an IP address literal, without asking a name server.
 
     Raises ValueError if it is none.

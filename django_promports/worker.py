@@ -179,7 +179,9 @@ def _retry(process: _Process) -> None:
                 except ports.RangeFull:
                     continue
                 process.retry = None
-                logger.warning("A port came free: this process is metered now. port=%s pid=%s", process.port, os.getpid())
+                logger.warning(
+                    "A port came free: this process is metered now. port=%s pid=%s", process.port, os.getpid()
+                )
                 return
     except Exception:
         process.broken = True
@@ -214,7 +216,9 @@ def _find_targets(loop: Loop) -> Steps[bytes]:
     site, address = conf.site, conf.local_address
     asked = [(address, number) for number in conf.PROMPORTS_PORT_RANGE]
     answers = yield from targets.ask_all(loop, site, asked)
-    live = [(conf.PROMPORTS_TARGET_HOST, number) for (_, number), a in zip(asked, answers, strict=True) if a.state == "live"]
+    live = [
+        (conf.PROMPORTS_TARGET_HOST, number) for (_, number), a in zip(asked, answers, strict=True) if a.state == "live"
+    ]
     groups = targets.target_groups(live, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
     return targets.dump_json(groups)
 

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from django.test import Client
 
 import django_promports
 from tests.servers import (
@@ -75,11 +77,13 @@ def test_reload_in_a_range_as_wide_as_the_workers_leaves_no_worker_without_port(
 
         for _ in range(2):
             os.kill(site.child.pid, signal.SIGHUP)
-            after = site.child.wait_until(
-                lambda old=set(before.values()): new if len(new := site.live()) == 4 and not old & set(new.values()) else {},
-                "four new workers have the four ports",
-            )
-            before = after
+            old = set(before.values())
+
+            def renewed(old: set[int] = old) -> dict[int, int]:
+                live = site.live()
+                return live if len(live) == 4 and not old & set(live.values()) else {}
+
+            before = site.child.wait_until(renewed, "four new workers have the four ports")
 
         assert scrape(free_ports[0])["promports_waiting_processes"] == 0
 
@@ -90,8 +94,9 @@ def test_a_process_that_waits_for_a_port_is_seen_and_gets_the_first_that_comes_f
     width = f"{free_ports[0]}-{free_ports[1]}"
     with gunicorn(tmp_path, free_ports, range_=width) as site:
         live = site.wait_for_workers(2)
-        for port in live:
-            site.child.wait_until(lambda p=port: scrape(p)["promports_waiting_processes"] == 2, "two wait")
+        site.child.wait_until(
+            lambda: all(scrape(port)["promports_waiting_processes"] == 2 for port in live), "two are seen to wait"
+        )
         shown = manage("show_targets", DEMO_PORT_RANGE=width)
         statuses = send_requests(100, lambda _: site.request())
         waiting = set(site.child.children()) - set(live.values())
@@ -99,7 +104,7 @@ def test_a_process_that_waits_for_a_port_is_seen_and_gets_the_first_that_comes_f
         os.kill(live[free_ports[0]], signal.SIGKILL)
 
         site.child.wait_until(
-            lambda: (describe(free_ports[0]) or {"pid": None})["pid"] not in (None, live[free_ports[0]]),
+            lambda: describe(free_ports[0]).get("pid", live[free_ports[0]]) != live[free_ports[0]],
             "somebody takes the port of the killed worker",
         )
         assert statuses.count(200) == 100
@@ -115,7 +120,7 @@ def test_the_successor_of_a_killed_worker_has_the_lowest_free_port(free_ports: r
         os.kill(live[free_ports[1]], signal.SIGKILL)
 
         after = site.child.wait_until(
-            lambda: now if len(now := site.live()) == 4 and now != live else None, "the successor answers"
+            lambda: now if len(now := site.live()) == 4 and now != live else {}, "the successor answers"
         )
         assert sorted(after) == list(free_ports[:4])
         assert {p: pid for p, pid in after.items() if p != free_ports[1]} == {
@@ -167,8 +172,8 @@ os.wait()
     assert done.stdout.split() == [str(free_ports[0]), "None", str(free_ports[1]), "None"], done.stderr
 
 
-def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_process: None, settings: object) -> None:
-    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
+def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_process: None, settings: Any) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
 
     first = django_promports.start()
     second = django_promports.start()
@@ -177,16 +182,15 @@ def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_pro
     django_promports.stop()
 
     assert first == second == held == free_ports[0]
-    assert about is not None
     assert about["pid"] == os.getpid()
     assert django_promports.port() is None
-    assert describe(free_ports[0]) is None
+    assert not describe(free_ports[0])
     assert django_promports.start() == free_ports[0]
 
 
-def test_disabled_claims_nothing(free_ports: range, this_process: None, settings: object) -> None:
-    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
-    settings.PROMPORTS_ENABLED = False  # type: ignore[attr-defined]
+def test_disabled_claims_nothing(free_ports: range, this_process: None, settings: Any) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
+    settings.PROMPORTS_ENABLED = False
 
     assert django_promports.start() is None
 
@@ -203,7 +207,9 @@ def test_a_management_command_holds_no_port_and_opens_none(
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, socket, sys\n"
         "opened = []\n"
-        "sys.addaudithook(lambda event, args: opened.append(args[1][1]) if event == 'socket.bind' else None)\n"
+        "def hook(event, args):\n"
+        "    if event == 'socket.bind': opened.append(args[1][1])\n"
+        "sys.addaudithook(hook)\n"
         "import threading\n"
         "atexit.register(lambda: print('OPENED', set(opened) - {0}, 'THREADS', threading.active_count(), file=sys.stderr))\n"
     )
@@ -225,10 +231,10 @@ def test_a_management_command_holds_no_port_and_opens_none(
     assert "promports" not in done.stdout + done.stderr
 
 
-def test_pytest_holds_no_port(client: object, free_ports: range, settings: object) -> None:
-    settings.PROMPORTS_PORT_RANGE = free_ports  # type: ignore[attr-defined]
+def test_pytest_holds_no_port(client: Client, free_ports: range, settings: Any) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
 
-    client.get("/nowhere/")  # type: ignore[attr-defined]
+    client.get("/nowhere/")
 
     assert django_promports.port() is None
     assert not listening_ports(os.getpid()) & set(free_ports)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from argparse import ArgumentParser
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,38 @@ from django_promports.loop import Loop
 
 class Command(BaseCommand):
     help = "Writes the Prometheus file_sd target list that covers every port of PROMPORTS_PORT_RANGE."
-    requires_system_checks: Sequence[str] = [TAG]
+    requires_system_checks = (TAG,)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "--output", "-o", type=Path, metavar="FILE",
+            "--output",
+            "-o",
+            type=Path,
+            metavar="FILE",
             help="Write to FILE, which Prometheus never sees half written, instead of standard output.",
         )
         parser.add_argument(
-            "--host", action="append", default=[],
+            "--host",
+            action="append",
+            default=[],
             help="Host name or IP address of a target, instead of PROMPORTS_TARGET_HOST. Repeat it for several hosts: "
             "each has every port.",
         )
         parser.add_argument(
-            "--label", action="append", default=[], metavar="NAME=VALUE",
+            "--label",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
             help="Label of every target, added to PROMPORTS_TARGET_LABELS. Repeatable.",
         )
         parser.add_argument(
-            "--worker-label", action="store_true",
+            "--worker-label",
+            action="store_true",
             help="One target group per port, with a label `worker` that counts the ports from 0.",
         )
         parser.add_argument(
-            "--live", action="store_true",
+            "--live",
+            action="store_true",
             help="Only the ports at which a worker of this site answers now: at the hosts given, or on this machine.",
         )
         parser.add_argument("--format", choices=["json", "yaml"], default="json", help="Default: json.")

@@ -14,7 +14,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
-from django_promports.loop import Loop
+from django_promports.loop import Loop, Steps
 from django_promports.ports import count_waiting, format_ports
 
 COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
@@ -27,7 +27,7 @@ class Command(BaseCommand):
         "Shows what each port of PROMPORTS_PORT_RANGE does now: live (a worker of this site answers), free, "
         "other (another program or site has it) or silent (connected, but no answer in time)."
     )
-    requires_system_checks: Sequence[str] = [TAG]
+    requires_system_checks = (TAG,)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="For a machine: times in seconds, null where unknown.")
@@ -51,11 +51,13 @@ class Command(BaseCommand):
         self.stdout.write(f"{live} live, {free} of {len(rows)} ports free in {format_ports(ports)}.")
         if waiting:
             self.stdout.write(
-                self.style.ERROR(f"{waiting} processes wait for a port and are not metered; widen PROMPORTS_PORT_RANGE.")
+                self.style.ERROR(
+                    f"{waiting} processes wait for a port and are not metered; widen PROMPORTS_PORT_RANGE."
+                )
             )
 
 
-def _look(loop: Loop, ports: Sequence[int]) -> targets.Steps[list[dict[str, Any]]]:
+def _look(loop: Loop, ports: Sequence[int]) -> Steps[list[dict[str, Any]]]:
     site, address = conf.site, conf.local_address
     answers = yield from targets.ask_all(loop, site, [(address, port) for port in ports])
     live = [(address, port) for port, answer in zip(ports, answers, strict=True) if answer.state == "live"]
@@ -83,8 +85,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         uptime, scrape = row["uptime_seconds"], row["scrape_seconds"]
         values = [
-            row["port"], row["state"], row["pid"], row["command"],
-            None if uptime is None else _duration(uptime), row["series"],
+            row["port"],
+            row["state"],
+            row["pid"],
+            row["command"],
+            None if uptime is None else _duration(uptime),
+            row["series"],
             None if scrape is None else f"{scrape * 1000:.1f} ms",
         ]
         cells.append(["-" if value is None else str(value) for value in values])

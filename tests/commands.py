@@ -1,0 +1,102 @@
+"""Management commands, and the endpoints and programs whose ports they ask."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from io import StringIO
+
+from django.core.management import call_command
+from prometheus_client import CollectorRegistry
+
+from django_promports import ports
+from django_promports.conf import conf
+from django_promports.endpoint import Endpoint
+from django_promports.loop import Loop, Steps
+from tests.servers import ROOT
+
+# For root a read-only folder is writable and no port is privileged.
+BECOME_NOBODY = "import os\nif os.getuid() == 0: os.setuid(65534)\n"
+
+
+def call(*arguments: str) -> tuple[str, str]:
+    """Call a command in this process; return what it printed to standard output and to standard error."""
+    out, err = StringIO(), StringIO()
+    call_command(*arguments, stdout=out, stderr=err, no_color=True)
+    return out.getvalue(), err.getvalue()
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, with the project importable."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "demo_site.settings"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@contextlib.contextmanager
+def endpoint(
+    range_: Sequence[int],
+    *,
+    project: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    token: str | None = None,
+    registry: CollectorRegistry | None = None,
+    **about: object,
+) -> Iterator[int]:
+    """Serve an endpoint on the lowest free port: this site's, unless another project is named."""
+    claim = ports.claim("127.0.0.1", range_)
+    described = {"application": "django_promports", "project": project or conf.project, **about}
+    served = Endpoint(
+        claim.listener,
+        about=lambda: described,
+        find_targets=_find_none,
+        registry=registry or CollectorRegistry(),
+        tls=tls,
+        read_token=lambda: token,
+    )
+    served.start()
+    try:
+        yield claim.port
+    finally:
+        served.stop()
+
+
+def _find_none(loop: Loop) -> Steps[bytes]:
+    yield from ()
+    return b"[]"
+
+
+@contextlib.contextmanager
+def answering(port: int, answer: bytes) -> Iterator[None]:
+    """Answer whoever connects to the port with these bytes, and hang up."""
+
+    def serve() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:  # shut down
+                return
+            with peer:
+                peer.recv(65536)
+                peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()

@@ -1,0 +1,117 @@
+"""The README says what the code does, and all of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from django.core.management import load_command_class
+from prometheus_client import REGISTRY
+
+from django_promports.conf import Conf
+from tests.servers import ROOT
+
+README = (ROOT / "README.md").read_text()
+CODE = {path.name: path.read_text() for path in (ROOT / "django_promports").rglob("*.py")}
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def first_column(title: str) -> set[str]:
+    return set(re.findall(r"^\| `([^` |=]+)", section(title), re.MULTILINE))
+
+
+def test_every_setting_is_documented_and_every_documented_one_exists() -> None:
+    settings = {name for name in vars(Conf) if name.startswith("PROMPORTS_")}
+
+    assert first_column("Settings") == settings
+
+
+def test_every_setting_has_the_documented_default(settings: object) -> None:
+    for name in first_column("Settings"):
+        if hasattr(settings, name):
+            delattr(settings, name)
+    rows = dict(re.findall(r"^\| `(PROMPORTS_\w+)` \| `([^`]+)` \|", section("Settings"), re.MULTILINE))
+
+    for name, default in rows.items():
+        value = getattr(Conf(), name)
+        documented = eval(default, {"range": range})
+        assert (tuple(documented) if isinstance(documented, range) else documented) == value, name
+    assert set(rows) | {"PROMPORTS_TARGET_HOST"} == first_column("Settings")
+
+
+def test_every_check_is_documented_once_and_the_other_way_round() -> None:
+    documented = re.findall(r"^\| `promports\.([EW]\d+)`", section("System checks"), re.MULTILINE)
+    raised = set(re.findall(r'["."]([EW]\d{3})"', CODE["checks.py"]))
+
+    assert len(documented) == len(set(documented))
+    assert set(documented) == raised
+
+
+@pytest.mark.parametrize("command", ["export_targets", "show_targets"])
+def test_every_option_of_a_command_is_documented(command: str) -> None:
+    parser = load_command_class("django_promports", command).create_parser("manage.py", command)
+    inherited = load_command_class("django.core", "migrate").create_parser("manage.py", "migrate")
+    known = {option for action in inherited._actions for option in action.option_strings}
+    options = {o for action in parser._actions for o in action.option_strings if o.startswith("--")} - known
+    documented = set(re.findall(r"--[a-z-]+", section("Commands")))
+
+    assert options <= documented
+    if command == "export_targets":
+        assert {f"--{name}" for name in ("output", "host", "label", "worker-label", "live", "format")} <= options
+
+
+def test_every_metric_is_documented_and_the_other_way_round() -> None:
+    existing = {name for name in REGISTRY._names_to_collectors if name.startswith("promports_")}
+    exposed = {n for n in existing if not n.endswith("_created") and f"{n}_total" not in existing}
+
+    assert first_column("Endpoints") == exposed
+
+
+def test_install_settings_and_a_first_look_fit_in_thirty_lines() -> None:
+    start = "\n".join(README.splitlines()[:30])
+
+    for needed in ("pip install django-promports", "INSTALLED_APPS", "MIDDLEWARE", "curl ", "export_targets"):
+        assert needed in start
+
+
+def test_each_local_link_leads_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("prometheus/*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_core_knows_no_django() -> None:
+    for name in ("ports.py", "loop.py", "endpoint.py", "targets.py"):
+        imported = [
+            module
+            for node in ast.walk(ast.parse(CODE[name]))
+            for module in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        ]
+        assert not [module for module in imported if module.split(".")[0] == "django"], name
+        assert "django_promports.conf" not in imported, name
+
+
+def test_only_conf_reads_the_settings() -> None:
+    readers = {name for name, code in CODE.items() if "from django.conf import settings" in code}
+
+    assert readers == {"conf.py"}
+
+
+def test_the_version_is_the_newest_in_the_changelog() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    newest = re.search(r"^## \[(.+?)\]", Path(ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert version
+    assert newest
+    assert version[1] == newest[1]

@@ -1,0 +1,123 @@
+"""A real Prometheus: it finds the workers, counts every request, and never sees half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from django_promports.targets import dump_json, target_groups, write_file
+from tests.servers import ROOT, Child, get, gunicorn, manage, running, send_requests
+
+
+class Prometheus:
+    def __init__(self, child: Child, port: int) -> None:
+        self.child, self.url = child, f"http://127.0.0.1:{port}"
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        return json.loads(get(f"{self.url}/api/v1/{path}?{query}"))["data"]
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return b"Ready" in get(f"{self.url}/-/ready", 5)
+        return False
+
+    def query(self, expression: str) -> dict[str, float]:
+        """Return the values of an instant query by instance."""
+        result = self.ask("query", query=expression)["result"]
+        return {series["metric"].get("instance", ""): float(series["value"][1]) for series in result}
+
+    def up(self) -> set[str]:
+        return {instance for instance, value in self.query("up").items() if value == 1}
+
+
+@contextlib.contextmanager
+def prometheus(program: str, folder: Path, port: int) -> Iterator[Prometheus]:
+    """Run Prometheus with the project's own configuration; only the pace is the test's."""
+    (folder / "targets").mkdir()
+    config = (ROOT / "prometheus/prometheus.yml").read_text()
+    assert "scrape_interval: 5s" in config
+    (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
+    arguments = [
+        program,
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with running(*arguments, log=folder / "prometheus.log") as child:
+        server = Prometheus(child, port)
+        child.wait_until(server.is_ready, "Prometheus is ready")
+        yield server
+
+
+def test_promtool_accepts_the_configuration_and_the_exported_file(
+    program: Callable[[str], str], tmp_path: Path
+) -> None:
+    promtool = program("promtool")
+    shutil.copytree(ROOT / "prometheus", tmp_path / "prometheus")
+    for name, options in (("django.json", []), ("django.yml", ["--format", "yaml", "--worker-label"])):
+        output = tmp_path / "prometheus/targets" / name
+        assert manage("export_targets", "--output", str(output), *options).returncode == 0
+    with running(
+        promtool, "check", "config", str(tmp_path / "prometheus/prometheus.yml"), log=tmp_path / "promtool.log"
+    ) as child:
+        child.wait_until(lambda: child.process.poll() is not None, "promtool ends")
+
+    assert child.process.returncode == 0, child.output()
+    assert "WARNING" not in child.output()
+
+
+def test_prometheus_shows_every_live_worker_and_counts_every_request(
+    program: Callable[[str], str], free_ports: range, tmp_path: Path
+) -> None:
+    *ports, prometheus_port = free_ports
+    # The file is written once, at deploy time, before anything runs.
+    with prometheus(program("prometheus"), tmp_path, prometheus_port) as server:
+        exported = manage(
+            "export_targets",
+            "--output",
+            str(tmp_path / "targets/django.json"),
+            DEMO_PORT_RANGE=f"{ports[0]}-{ports[-2]}",
+        )
+        assert exported.returncode == 0, exported.stderr
+        with gunicorn(tmp_path, ports) as site:
+            live = {f"127.0.0.1:{port}" for port in site.wait_for_workers()}
+            server.child.wait_until(lambda: server.up() == live, "every worker is up, and nothing else")
+
+            statuses = send_requests(600, lambda _: site.request())
+
+            assert statuses.count(200) == 600
+            name = "django_http_requests_before_middlewares_total"
+            counted = server.child.wait_until(
+                lambda: values if sum((values := server.query(name)).values()) >= 600 else {}, "all are counted"
+            )
+            assert sum(counted.values()) == 600
+            assert set(counted) == live
+        assert {t["scrapeUrl"] for t in server.ask("targets")["activeTargets"]} == {
+            f"http://127.0.0.1:{port}/metrics" for port in ports[:-1]
+        }
+
+
+def test_prometheus_never_sees_a_file_half_written(
+    program: Callable[[str], str], free_ports: range, tmp_path: Path
+) -> None:
+    path = tmp_path / "targets/django.json"
+    with prometheus(program("prometheus"), tmp_path, free_ports[-1]) as server:
+        for i in range(200):
+            # Long enough for a reader to meet it half-way, if there were a half.
+            hosts = [(f"10.{i}.{n // 250}.{n % 250}", 1) for n in range(3000)] if i < 199 else [("127.0.0.1", 1)]
+            assert write_file(path, dump_json(target_groups(hosts, labels={})))
+        server.child.wait_until(
+            lambda: len(server.ask("targets")["activeTargets"]) == 1, "Prometheus has read the last version"
+        )
+
+        failures = get(f"{server.url}/metrics").decode()
+
+    assert "prometheus_sd_file_read_errors_total 0\n" in failures
+    assert "level=error" not in server.child.output()
+    assert [entry.name for entry in path.parent.iterdir()] == ["django.json"]
