@@ -14,5 +14,5 @@ class PromportsConfig(AppConfig):
 
     def ready(self) -> None:
         django_checks.register(checks.check_settings, checks.TAG)
-        django_checks.register(checks.check_exposure, checks.TAG, deploy=True)
+        django_checks.register(checks.check_deployment, checks.TAG, deploy=True)
         worker.on_ready()

@@ -10,10 +10,15 @@ from typing import Any
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 
+from django_promports import ledger
 from django_promports.conf import WILDCARDS, conf
 from django_promports.ports import format_ports
 
 TAG = "promports"
+# The one error with which a worker serves its metrics all the same.
+LEDGER_FOLDER = "promports.E012"
+# File systems in memory; writing to a mapped file on any other waits for the disk now and then.
+IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 KERNEL = Path("/proc/sys/net/ipv4")
 
 # Each setting that may be unusable: how to read it, the id of its check, what to do.
@@ -33,16 +38,38 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
     ("E007", lambda: conf.server_tls(), "Give readable PEM files, the key where the certificate file has none."),
     ("E008", lambda: conf.read_token(), "Give a readable file that holds the token."),
     ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
+    ("E011", lambda: conf.PROMPORTS_LEDGER_DIR, "Use the path of a folder on tmpfs, like '/run/shop', or None."),
 ]
 
 
 def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
     """Say what is wrong with the settings and what would count twice."""
-    return [*_check_values(), *_check_ports(), *_check_rivals()]
+    return [*_check_values(), *_check_ports(), *_check_rivals(), *_check_ledgers()]
 
 
-def check_exposure(**kwargs: Any) -> list[checks.CheckMessage]:
-    """With `check --deploy`, say when anybody can read the metrics."""
+def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
+    """With `check --deploy`, say when anybody can read the metrics, and when counting may wait for a disk."""
+    return [*_check_exposure(), *_check_file_system()]
+
+
+def _check_file_system() -> list[checks.CheckMessage]:
+    try:
+        folder = conf.PROMPORTS_LEDGER_DIR
+        file_system = ledger.find_filesystem(folder) if folder else ""
+    except (ImproperlyConfigured, OSError):
+        return []  # check_settings says so
+    if not file_system or file_system in IN_MEMORY:
+        return []
+    return [
+        checks.Warning(
+            f"PROMPORTS_LEDGER_DIR is {str(folder)!r}, on {file_system}: a request may wait for the disk to count.",
+            hint="Use a folder on tmpfs, like RuntimeDirectory= of systemd makes under /run, or one in /dev/shm.",
+            id="promports.W003",
+        )
+    ]
+
+
+def _check_exposure() -> list[checks.CheckMessage]:
     try:
         exposed = conf.PROMPORTS_ADDRESS in WILDCARDS
         guarded = conf.PROMPORTS_TLS_CERTFILE or conf.PROMPORTS_BEARER_TOKEN_FILE
@@ -113,6 +140,23 @@ def _check_rivals() -> Iterator[checks.CheckMessage]:
             f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",
             hint=f"Remove {name} and write {replacement} instead.",
             id="promports.E004",
+        )
+
+
+def _check_ledgers() -> Iterator[checks.CheckMessage]:
+    try:
+        folder = conf.PROMPORTS_LEDGER_DIR
+        if folder is not None:
+            ledger.check_folder(folder)
+    except FileNotFoundError:
+        pass  # the first worker makes it
+    except ImproperlyConfigured:
+        pass  # _check_values() says so
+    except OSError as error:
+        yield checks.Error(
+            f"PROMPORTS_LEDGER_DIR cannot be used: {error}. Workers count in memory, and lose counts when they end.",
+            hint="Use a folder that belongs to the user who runs the workers, with mode 0700.",
+            id=LEDGER_FOLDER,
         )
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,16 @@ class Conf:
             reason = f"this machine cannot bind it ({error.strerror})"
             raise _unusable("PROMPORTS_ADDRESS", value, reason) from None
         return value
+
+    @property
+    def PROMPORTS_LEDGER_DIR(self) -> Path | None:
+        default = Path(tempfile.gettempdir(), f"django_promports-{os.geteuid()}-{self.project}")
+        value = getattr(settings, "PROMPORTS_LEDGER_DIR", default)
+        if value is None:
+            return None
+        if not isinstance(value, str | os.PathLike) or not Path(value).is_absolute():
+            raise _unusable("PROMPORTS_LEDGER_DIR", value, "it is no absolute path")
+        return Path(value)
 
     @property
     def PROMPORTS_TARGET_HOST(self) -> str:
@@ -129,10 +140,19 @@ class Conf:
                     raise _unusable(name, value, "PROMPORTS_TLS_CERTFILE is not set")
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        keyfile = self.PROMPORTS_TLS_KEYFILE
+        for name, value in (("PROMPORTS_TLS_CERTFILE", certfile), ("PROMPORTS_TLS_KEYFILE", keyfile)):
+            if value is not None:
+                try:
+                    Path(value).open("rb").close()
+                except OSError as error:
+                    raise _unusable(name, value, error.strerror) from None
         try:
-            context.load_cert_chain(certfile, self.PROMPORTS_TLS_KEYFILE)
+            # Without a password OpenSSL would prompt for the one of an encrypted key, and the worker would hang.
+            context.load_cert_chain(certfile, keyfile, password="")
         except OSError as error:  # ssl.SSLError is one
-            raise _unusable("PROMPORTS_TLS_CERTFILE", certfile, error) from None
+            name, value = ("PROMPORTS_TLS_KEYFILE", keyfile) if keyfile else ("PROMPORTS_TLS_CERTFILE", certfile)
+            raise _unusable(name, value, f"PROMPORTS_TLS_CERTFILE and its key are no pair in PEM ({error})") from None
         if cafile is not None:
             try:
                 context.load_verify_locations(cafile)

@@ -24,7 +24,8 @@ from io import BytesIO
 from time import sleep
 from typing import NamedTuple
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, make_wsgi_app
+from prometheus_client import REGISTRY, Counter, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
 
@@ -136,7 +137,7 @@ class Endpoint:
         *,
         about: Callable[[], Mapping[str, object]],
         find_targets: Callable[[Loop], Steps[bytes]],
-        registry: CollectorRegistry = REGISTRY,
+        registry: Collector = REGISTRY,
         tls: ssl.SSLContext | None = None,
         read_token: Callable[[], str | None] = lambda: None,
     ) -> None:

@@ -62,10 +62,10 @@ def check_host(host: str) -> str:
     return bare
 
 
-def check_label(name: str, value: object) -> None:
+def check_label(name: object, value: object) -> None:
     """Raise ValueError if Prometheus would refuse the label, or drop it."""
     # https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels
-    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
         raise ValueError(f"{name!r} is no label name; use letters, digits and underscores, no digit first")
     if name.startswith("__"):
         raise ValueError(f"{name!r} begins with two underscores, which are Prometheus' own")
@@ -191,7 +191,7 @@ def client_tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.load_cert_chain(certfile, keyfile)
+    context.load_cert_chain(certfile, keyfile, password="")  # never a prompt
     return context
 
 

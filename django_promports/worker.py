@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,30 @@ from django.core.signals import request_started
 from prometheus_client import Gauge
 
 from django_promports import ports, targets
-from django_promports.checks import check_settings
+from django_promports.checks import LEDGER_FOLDER, check_settings
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
+from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.loop import Loop, Steps
+from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
 
 # Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
 RETRY_SECONDS = 0.5
+# In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
+# than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
+# behind in ledgers of ports that nobody has. Seconds that they wait, and since when the other workers must have had
+# their ports for it to be a reload and no start.
+PATIENCE_SECONDS = 5.0
+SETTLED_SECONDS = 5.0
 
 PORT = Gauge("promports_port", "The port that this process holds.")
 WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
+
+
+class _Reloading(Exception):
+    """Only ports are free that the site has never had, and workers have the others for long."""
 
 
 class _Process:
@@ -56,6 +69,7 @@ class _Process:
 
 
 _process = _Process()
+_book = Book()
 _armed = False
 
 
@@ -101,6 +115,7 @@ def _release(process: _Process) -> None:
         if process.endpoint is not None:
             process.endpoint.stop()
             logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
+            _book.close()
         process.endpoint = process.port = process.retry = None
         process.stopping = threading.Event()
 
@@ -124,22 +139,21 @@ def _claim() -> None:
             if process.endpoint is not None or process.retry is not None or process.broken:
                 return
             _arm()
-            errors = [message for message in check_settings() if message.level >= django_checks.ERROR]
+            errors = [
+                message
+                for message in check_settings()
+                if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER  # said where it is opened
+            ]
             for error in errors:
                 logger.error("%s %s This process serves no metrics. (%s)", error.msg, error.hint, error.id)
             if errors:
                 process.broken = True
                 return
             try:
-                _serve(process)
-            except ports.RangeFull as full:
-                logger.error(
-                    "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
-                    "Widen PROMPORTS_PORT_RANGE; twice the number of workers leaves room for reloads.",
-                    full,
-                    os.getpid(),
-                )
-                process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
+                _serve(process, patient=True)
+            except (ports.RangeFull, _Reloading) as reason:
+                if isinstance(reason, ports.RangeFull):
+                    _tell_full(process, reason)
                 process.retry = threading.Thread(target=_retry, args=[process], name="promports-retry", daemon=True)
                 process.retry.start()
     except Exception:
@@ -147,18 +161,32 @@ def _claim() -> None:
         logger.exception("This process (pid %s) serves no metrics.", os.getpid())
 
 
-def _serve(process: _Process) -> None:
+def _tell_full(process: _Process, full: ports.RangeFull) -> None:
+    logger.error(
+        "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
+        "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
+        full,
+        os.getpid(),
+    )
+    process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
+
+
+def _serve(process: _Process, *, patient: bool) -> None:
     port_range = conf.PROMPORTS_PORT_RANGE
-    claim = ports.claim(conf.PROMPORTS_ADDRESS, port_range)
+    claim, ledger = _claim_with_ledger(port_range, patient)
     try:
+        if ledger is not None:
+            _book.open(ledger)
         endpoint = Endpoint(
             claim.listener,
+            registry=_book,
             about=_describe(claim.port),
             find_targets=_find_targets,
             tls=conf.server_tls(),
             read_token=conf.read_token,
         )
     except BaseException:
+        _book.close()
         claim.listener.close()
         raise
     PORT.set(claim.port)
@@ -168,20 +196,61 @@ def _serve(process: _Process) -> None:
     logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
 
 
+def _claim_with_ledger(port_range: Sequence[int], patient: bool) -> tuple[ports.Claim, Ledger | None]:
+    """Claim the lowest port that is free and whose ledger is too; where all ledgers are taken, the lowest free port."""
+    folder = conf.PROMPORTS_LEDGER_DIR
+    address = conf.PROMPORTS_ADDRESS
+    if folder is None:
+        return ports.claim(address, port_range), None
+    passed: list[ports.Claim] = []
+    try:
+        while True:
+            claim = ports.claim(address, [number for number in port_range if number not in {c.port for c in passed}])
+            try:
+                make_folder(folder)
+                if patient and _is_reload(folder, port_range, claim.port):
+                    passed.append(claim)
+                    raise _Reloading
+                return claim, Ledger(folder / f"{claim.port}.ledger", conf.project)
+            except LedgerLocked:
+                passed.append(claim)
+            except (OSError, LedgerFull) as error:
+                reason = str(error)
+                break
+    except ports.RangeFull:
+        if not passed:
+            raise
+        claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
+    finally:
+        for other in passed:
+            other.listener.close()
+    logger.error("Counting in memory: %s. What pid %s counts is lost when it ends.", reason, os.getpid())
+    return claim, None
+
+
+def _is_reload(folder: Path, port_range: Sequence[int], port: int) -> bool:
+    if read_opening(folder / f"{port}.ledger") is not None:
+        return False
+    openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]
+    return any(opening is not None and opening < time.time() - SETTLED_SECONDS for opening in openings)
+
+
 def _retry(process: _Process) -> None:
+    began = time.monotonic()
     try:
         while not process.stopping.wait(RETRY_SECONDS):
             with process.lock:
                 if process.stopping.is_set():
                     return
                 try:
-                    _serve(process)
-                except ports.RangeFull:
+                    _serve(process, patient=time.monotonic() < began + PATIENCE_SECONDS)
+                except _Reloading:
+                    continue
+                except ports.RangeFull as full:
+                    if process.waiting_sign is None:
+                        _tell_full(process, full)
                     continue
                 process.retry = None
-                logger.warning(
-                    "A port came free: this process is metered now. port=%s pid=%s", process.port, os.getpid()
-                )
                 return
     except Exception:
         process.broken = True
@@ -250,6 +319,8 @@ def _after_fork_in_parent() -> None:
         process.forking_thread = None
         if process.endpoint is not None:
             process.endpoint.unpause()
+        if not process.is_worker:
+            _book.hand_over()
         process.lock.release()
 
 
@@ -260,6 +331,7 @@ def _after_fork_in_child() -> None:
     if parent.forking_thread is None:  # armed by another thread in the middle of this fork
         return
     try:
+        _book.begin_in_child(keep=not parent.is_worker)
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:

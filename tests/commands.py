@@ -32,15 +32,15 @@ def call(*arguments: str) -> tuple[str, str]:
     return out.getvalue(), err.getvalue()
 
 
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, seconds: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, with the project importable."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "demo_site.settings"},
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "demo_site.settings", **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=seconds,
         check=False,
     )
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ def gunicorn(
     settings = {
         "DEMO_PORT_RANGE": range_ or f"{metric_ports[0]}-{metric_ports[-1]}",
         "DEMO_DATABASE": str(database(tmp_path)),
+        "DEMO_LEDGER_DIR": str(tmp_path / "ledgers"),
         "PYTHONUNBUFFERED": "1",
         **env,
     }
@@ -218,6 +220,61 @@ def send_requests(count: int, ask: Callable[[int], int], threads: int = 8) -> li
     for thread in crowd:
         thread.join()
     return statuses
+
+
+class Prometheus:
+    def __init__(self, child: Child, port: int) -> None:
+        self.child, self.url = child, f"http://127.0.0.1:{port}"
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        return json.loads(get(f"{self.url}/api/v1/{path}?{query}"))["data"]
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            return b"Ready" in get(f"{self.url}/-/ready", 5)
+        return False
+
+    def query(self, expression: str) -> dict[str, float]:
+        """Return the values of an instant query by instance."""
+        result = self.ask("query", query=expression)["result"]
+        return {series["metric"].get("instance", ""): float(series["value"][1]) for series in result}
+
+    def count(self, metric: str) -> float:
+        """Return what Prometheus has counted, over all resets and all instances, the first value included.
+
+        PromQL's increase() does the same with the samples of a range, but for the first value of a new series.
+        """
+        total = 0.0
+        for series in self.ask("query", query=f"{metric}[1h]")["result"]:
+            last = 0.0
+            for _, text in series["values"]:
+                value = float(text)
+                total += value if value < last else value - last
+                last = value
+        return total
+
+    def up(self) -> set[str]:
+        return {instance for instance, value in self.query("up").items() if value == 1}
+
+
+@contextlib.contextmanager
+def prometheus(program: str, folder: Path, port: int) -> Iterator[Prometheus]:
+    """Run Prometheus with the project's own configuration; only the pace is the test's."""
+    (folder / "targets").mkdir()
+    config = (ROOT / "prometheus/prometheus.yml").read_text()
+    assert "scrape_interval: 5s" in config
+    (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
+    arguments = [
+        program,
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with running(*arguments, log=folder / "prometheus.log") as child:
+        server = Prometheus(child, port)
+        child.wait_until(server.is_ready, "Prometheus is ready")
+        yield server
 
 
 def listening_ports(pid: int) -> set[int]:

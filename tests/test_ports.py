@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -34,7 +33,7 @@ both_families = pytest.mark.parametrize("address", ["127.0.0.1", pytest.param(":
 # A process of its own that holds a socket until its standard input ends.
 HOLD = "import socket, sys; from django_promports import ports\n{}\nprint('ready', flush=True); sys.stdin.read()"
 LISTEN = (
-    "held = socket.socket(); held.setsockopt(socket.SOL_SOCKET, socket.{}, 1); "
+    "held = socket.socket(); [held.setsockopt(socket.SOL_SOCKET, option, 1) for option in {}]; "
     "held.bind(('127.0.0.1', {})); held.listen()"
 )
 RACE = """
@@ -58,7 +57,7 @@ for _ in range(100):
 os.close(open_gate)
 os.close(report)
 with open(results) as lines:
-    print([next(lines).strip() for _ in range(100)])
+    print(*(next(lines) for _ in range(100)))
 os.close(let_end)
 for _ in range(100):
     os.wait()
@@ -229,35 +228,36 @@ def test_a_claim_is_shared_with_nobody(free_ports: range) -> None:
                 other.bind(("127.0.0.1", port))
 
 
-def test_a_hundred_processes_that_claim_at_once_get_a_hundred_ports() -> None:
-    range_ = _find_free_ports(112)
-
-    done = run_python(RACE, str(range_.start), str(range_.stop))
-
-    assert done.returncode == 0, done.stderr
-    claimed = json.loads(done.stdout.replace("'", '"'))
-    assert len(set(claimed)) == 100, claimed
-    assert {int(port) for port in claimed} <= set(range_)
-
-
-def _find_free_ports(count: int) -> range:
-    # Below the blocks of the free_ports fixture, which are shorter.
+@pytest.fixture
+def many_free_ports() -> Iterator[range]:
+    """A few more than a hundred ports, below those of free_ports, whose blocks are shorter. The first is the guard."""
+    count = 112
     for first in range(10000, 12000 - count, count):
-        candidates = range(first, first + count)
         try:
-            for port in candidates:
-                socket.create_server(("127.0.0.1", port)).close()
+            with socket.create_server(("127.0.0.1", first)):
+                for port in range(first + 1, first + count):
+                    socket.create_server(("127.0.0.1", port)).close()
+                yield range(first + 1, first + count)
+                return
         except OSError:
             continue
-        return candidates
     raise RuntimeError(f"No {count} free ports below 12000")
 
 
-@pytest.mark.parametrize("option", ["SO_KEEPALIVE", "SO_REUSEADDR", "SO_REUSEPORT"])
+def test_a_hundred_processes_that_claim_at_once_get_a_hundred_ports(many_free_ports: range) -> None:
+    done = run_python(RACE, str(many_free_ports.start), str(many_free_ports.stop))
+
+    assert done.returncode == 0, done.stderr
+    claimed = done.stdout.split()
+    assert len(set(claimed)) == 100, claimed
+    assert {int(port) for port in claimed} <= set(many_free_ports)
+
+
+@pytest.mark.parametrize("options", [[socket.SO_REUSEADDR], [socket.SO_REUSEADDR, socket.SO_REUSEPORT]])
 def test_a_port_at_which_another_program_listens_is_passed_over(
-    option: str, free_ports: range, hold: Callable[[str], subprocess.Popen[str]]
+    options: list[int], free_ports: range, hold: Callable[[str], subprocess.Popen[str]]
 ) -> None:
-    hold(LISTEN.format(option, free_ports[0]))
+    hold(LISTEN.format(options, free_ports[0]))
 
     port, listener = ports.claim("127.0.0.1", free_ports)
 

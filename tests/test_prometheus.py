@@ -2,57 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from django_promports.targets import dump_json, target_groups, write_file
-from tests.servers import ROOT, Child, get, gunicorn, manage, running, send_requests
-
-
-class Prometheus:
-    def __init__(self, child: Child, port: int) -> None:
-        self.child, self.url = child, f"http://127.0.0.1:{port}"
-
-    def ask(self, path: str, **parameters: str) -> Any:
-        query = urllib.parse.urlencode(parameters)
-        return json.loads(get(f"{self.url}/api/v1/{path}?{query}"))["data"]
-
-    def is_ready(self) -> bool:
-        with contextlib.suppress(OSError):
-            return b"Ready" in get(f"{self.url}/-/ready", 5)
-        return False
-
-    def query(self, expression: str) -> dict[str, float]:
-        """Return the values of an instant query by instance."""
-        result = self.ask("query", query=expression)["result"]
-        return {series["metric"].get("instance", ""): float(series["value"][1]) for series in result}
-
-    def up(self) -> set[str]:
-        return {instance for instance, value in self.query("up").items() if value == 1}
-
-
-@contextlib.contextmanager
-def prometheus(program: str, folder: Path, port: int) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own configuration; only the pace is the test's."""
-    (folder / "targets").mkdir()
-    config = (ROOT / "prometheus/prometheus.yml").read_text()
-    assert "scrape_interval: 5s" in config
-    (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
-    arguments = [
-        program,
-        f"--config.file={folder}/prometheus.yml",
-        f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with running(*arguments, log=folder / "prometheus.log") as child:
-        server = Prometheus(child, port)
-        child.wait_until(server.is_ready, "Prometheus is ready")
-        yield server
+from tests.servers import ROOT, get, gunicorn, manage, prometheus, running, send_requests
 
 
 def test_promtool_accepts_the_configuration_and_the_exported_file(

@@ -204,21 +204,8 @@ def test_a_management_command_holds_no_port_and_opens_none(
     arguments: list[str], free_ports: range, tmp_path: Path
 ) -> None:
     # The command reports at its exit which ports it bound, and its threads. Port 0 is the check of the address.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, socket, sys\n"
-        "opened = []\n"
-        "def hook(event, args):\n"
-        "    if event == 'socket.bind': opened.append(args[1][1])\n"
-        "sys.addaudithook(hook)\n"
-        "import threading\n"
-        "atexit.register(lambda: print('OPENED', set(opened) - {0}, 'THREADS', threading.active_count(), file=sys.stderr))\n"
-    )
-    (tmp_path / "probe_tests.py").write_text(
-        "from django.test import TestCase\n"
-        "class Test(TestCase):\n"
-        "    def test_view(self):\n"
-        "        assert self.client.get('/').status_code == 200\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(REPORT)
+    (tmp_path / "probe_tests.py").write_text(PROBE_TESTS)
     done = manage(
         *(a.format(probe="from django.core.signals import request_started") for a in arguments),
         PYTHONPATH=f"{tmp_path}:{ROOT}",
@@ -298,6 +285,27 @@ def test_with_a_wrong_setting_the_site_is_served_and_the_log_says_what_to_do(
     assert check.returncode == 1
     assert said in check.stderr
 
+
+REPORT = """
+import atexit, sys, threading
+
+bound = set()
+
+def hook(event, arguments):
+    if event == "socket.bind":
+        bound.add(arguments[1][1])
+
+sys.addaudithook(hook)
+atexit.register(lambda: print("OPENED", bound - {0}, "THREADS", threading.active_count(), file=sys.stderr))
+"""
+
+PROBE_TESTS = """
+from django.test import TestCase
+
+class Test(TestCase):
+    def test_view(self):
+        assert self.client.get("/").status_code == 200
+"""
 
 HELPER_SITE = """
 import multiprocessing, time

@@ -1,0 +1,345 @@
+"""The target list: what is in it for which options, and what a wrong option leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import yaml
+from django.core.management import CommandError
+from pytest_django import Settings
+
+import django_promports
+from django_promports import targets
+from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python
+from tests.servers import manage
+
+# Nothing is claimed where these two are used.
+HTTP = ["127.0.0.1:19100", "127.0.0.1:19101"]
+
+
+def _group(*members: str, **labels: str) -> dict[str, object]:
+    return {"targets": list(members), "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "expected"),
+    [
+        ([], {}, [_group(*HTTP)]),
+        ([], {"PORT_RANGE": [19107, 19103]}, [_group("127.0.0.1:19103", "127.0.0.1:19107")]),
+        ([], {"TARGET_HOST": "web1"}, [_group("web1:19100", "web1:19101")]),
+        ([], {"TARGET_HOST": "[2001:db8::1]"}, [_group("[2001:db8::1]:19100", "[2001:db8::1]:19101")]),
+        ([], {"ADDRESS": "0.0.0.0"}, [_group(*(f"{socket.gethostname()}:{port}" for port in (19100, 19101)))]),
+        ([], {"ADDRESS": "0.0.0.0", "TARGET_HOST": "web1"}, [_group("web1:19100", "web1:19101")]),
+        ([], {"TLS_CERTFILE": "cert.pem"}, [_group(*HTTP, __scheme__="https")]),
+        ([], {"TARGET_LABELS": {"site": "shop"}}, [_group(*HTTP, site="shop")]),
+        (["--label", "site=tea"], {"TARGET_LABELS": {"site": "shop"}}, [_group(*HTTP, site="tea")]),
+        (
+            ["--label", "rack=", "--label", "query=a=b", "--label", "owner=Ω 'x'"],
+            {"TARGET_LABELS": {"site": "shop"}},
+            [_group(*HTTP, site="shop", rack="", query="a=b", owner="Ω 'x'")],
+        ),
+        (["--host", "web1"], {"TARGET_HOST": "web9"}, [_group("web1:19100", "web1:19101")]),
+        (
+            ["--host", "web1", "--host", "::1", "--host", "[::1]", "--host", "web1"],
+            {},
+            [_group("web1:19100", "web1:19101", "[::1]:19100", "[::1]:19101")],
+        ),
+        (
+            ["--worker-label", "--host", "a", "--host", "b", "--label", "site=shop"],
+            {"TLS_CERTFILE": "cert.pem"},
+            [
+                _group("a:19100", "b:19100", site="shop", __scheme__="https", worker="0"),
+                _group("a:19101", "b:19101", site="shop", __scheme__="https", worker="1"),
+            ],
+        ),
+        (["--label", "worker=web"], {}, [_group(*HTTP, worker="web")]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("format_", "load"), [("json", json.loads), ("yaml", yaml.safe_load)])
+def test_the_list_has_every_port_of_the_range(
+    format_: str,
+    load: Callable[[str], list[dict[str, object]]],
+    arguments: list[str],
+    changed: dict[str, Any],
+    expected: list[dict[str, object]],
+    settings: Settings,
+) -> None:
+    for name, value in {"PORT_RANGE": "19100-19101", **changed}.items():
+        setattr(settings, f"PROMPORTS_{name}", value)
+
+    out, err = call("export_targets", "--format", format_, *arguments)
+
+    assert [{"labels": {}, **group} for group in load(out)] == expected
+    assert err == ""
+
+
+def test_json_is_the_default(settings: Settings) -> None:
+    assert json.loads(call("export_targets")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--host", "127.0.0.1"], [("127.0.0.1", 0), ("127.0.0.1", 3)]),
+        (["--host", "localhost", "--host", "127.0.0.2"], [("localhost", 0), ("localhost", 3)]),
+        ([], [("web1", 0), ("web1", 3)]),
+    ],
+)
+def test_live_leaves_out_free_ports_and_other_programs(
+    arguments: list[str],
+    expected: list[tuple[str, int]],
+    free_ports: range,
+    settings: Settings,
+    this_process: None,
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:6]
+    settings.PROMPORTS_TARGET_HOST = "web1"
+    settings.PROMPORTS_LEDGER_DIR = None
+    django_promports.start()
+    foreign = answering(free_ports[1], b"220 mail ESMTP\r\n")
+    with foreign, endpoint(free_ports, project="another"), endpoint(free_ports):
+        # On the other hosts nothing answers.
+        out, err = call("export_targets", "--live", *arguments)
+        labelled, _ = call("export_targets", "--live", "--worker-label", *arguments)
+
+    found = [f"{host}:{free_ports[place]}" for host, place in expected]
+    assert json.loads(out) == [_group(*found)]
+    assert err == ""
+    workers = [_group(target, worker=str(place)) for target, (_, place) in zip(found, expected, strict=True)]
+    assert json.loads(labelled) == workers
+
+
+@pytest.mark.parametrize("format_", ["json", "yaml"])
+def test_no_live_target_is_an_empty_list(format_: str, free_ports: range, settings: Settings) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
+
+    assert call("export_targets", "--live", "--format", format_) == ("[]\n", "")
+
+
+def test_live_asks_with_the_sites_own_certificate_and_token(
+    free_ports: range, settings: Settings, this_process: None, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    (tmp_path / "token").write_text("hunter2\n")
+    settings.PROMPORTS_PORT_RANGE = free_ports
+    settings.PROMPORTS_TLS_CERTFILE = tmp_path / "both.pem"
+    settings.PROMPORTS_TLS_CLIENT_CAFILE = tmp_path / "ca.pem"
+    settings.PROMPORTS_BEARER_TOKEN_FILE = tmp_path / "token"
+    settings.PROMPORTS_LEDGER_DIR = None
+    django_promports.start()
+
+    out, _ = call("export_targets", "--live")
+    shown, _ = call("show_targets")
+
+    assert json.loads(out) == [_group(f"127.0.0.1:{free_ports[0]}", __scheme__="https")]
+    assert shown.splitlines()[-1].startswith("1 live, 14 of 15 ports free")
+
+
+# A process of its own, because what never ends cannot be stopped in this one.
+MANAGE = "from django.core.management import execute_from_command_line as run; import sys; run(sys.argv)"
+
+
+def test_a_host_name_that_does_not_exist_does_not_empty_the_list(tmp_path: Path) -> None:
+    output = tmp_path / "django.json"
+    output.write_text("old\n")
+    arguments = ["export_targets", "--live", "--host", "web1.invalid", "--output", str(output)]
+
+    done = run_python(MANAGE, *arguments, seconds=20, DEMO_PORT_RANGE="19100-19101", RES_OPTIONS="timeout:1 attempts:1")
+
+    assert done.returncode == 1
+    assert re.fullmatch(r"CommandError: .*web1\.invalid.*\n", done.stderr)
+    assert output.read_text() == "old\n"
+
+
+def test_a_host_to_which_no_route_leads_has_no_live_target() -> None:
+    # The kernel refuses a TCP connection to the broadcast address without sending anything.
+    arguments = ["export_targets", "--live", "--host", "255.255.255.255"]
+
+    done = run_python(MANAGE, *arguments, seconds=20, DEMO_PORT_RANGE="19100-19101")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "first", "again"),
+    [
+        ("0", "", ""),
+        ("1", "Wrote {}.\n", ""),
+        ("2", "Wrote {}.\n", "{} was up to date.\n"),
+    ],
+)
+def test_a_new_file_is_announced_and_one_that_is_right_already_is_left_alone(
+    verbosity: str, first: str, again: str, settings: Settings, tmp_path: Path
+) -> None:
+    output = tmp_path / "django.json"
+    arguments = ["export_targets", "--output", str(output), "--verbosity", verbosity]
+
+    new = call(*arguments)
+    written = output.stat()
+    unchanged = call(*arguments)
+
+    assert new == ("", first.format(output))
+    assert unchanged == ("", again.format(output))
+    assert output.stat() == written
+    assert output.read_text() == call("export_targets")[0]
+    assert os.listdir(tmp_path) == ["django.json"]
+
+
+def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
+    output = tmp_path / "django.yml"
+    output.write_text("old\n")
+
+    _, err = call("export_targets", "-o", str(output), "--format", "yaml", "--host", "web1")
+
+    assert err == f"Wrote {output}.\n"
+    (group,) = yaml.safe_load(output.read_text())
+    assert group["targets"][0] == "web1:19100"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "message"),
+    [
+        ([], {"PORT_RANGE": "19131-19100"}, "PROMPORTS_PORT_RANGE is '19131-19100', .* reversed; write 19100-19131."),
+        ([], {"TARGET_HOST": "web1:19100"}, "PROMPORTS_TARGET_HOST is 'web1:19100', .* has a port in it; .*"),
+        ([], {"TARGET_LABELS": {"__x": "y"}}, "PROMPORTS_TARGET_LABELS is .* '__x' begins with two underscores, .*"),
+        (["--label", "__x=y"], {}, "--label '__x=y' cannot be used: '__x' begins with two underscores, .*"),
+        (["--label", "9x=y"], {}, "--label '9x=y' cannot be used: '9x' is no label name; use letters, digits .*"),
+        (["--label", "a-b=y"], {}, "--label 'a-b=y' cannot be used: 'a-b' is no label name; use letters, digits .*"),
+        (["--label", "=y"], {}, "--label '=y' cannot be used: '' is no label name; use letters, digits .*"),
+        (["--label", "x"], {}, "--label 'x' has no '='; write --label NAME=VALUE."),
+        (["--label", "x=a\nb"], {}, r"--label 'x=a\\nb' cannot be used: .*"),
+        (
+            ["--host", "web1:9100"],
+            {},
+            "--host .* 'web1:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE.",
+        ),
+        (["--host", "[::1]:9100"], {}, r"--host .* '\[::1\]:9100' has a port in it; .*"),
+        (["--host", "web1", "--host", "a b"], {}, "--host cannot be used: 'a b' is no host name and no IP address."),
+        (["--host", ""], {}, "--host cannot be used: '' is no host name and no IP address."),
+        (
+            ["--worker-label", "--label", "worker=a"],
+            {},
+            "The label 'worker' is set already; .* leave out --worker-label.",
+        ),
+        (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is set already; rename it, or .*"),
+        (["--format", "xml"], {}, "Error: argument --format: invalid choice: 'xml' .*"),
+        (["--live"], {"BEARER_TOKEN_FILE": "/missing"}, "PROMPORTS_BEARER_TOKEN_FILE is '/missing', .*"),
+        (["--live"], {"TLS_CERTFILE": "/missing"}, "PROMPORTS_TLS_CERTFILE is '/missing', .*"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_says_what_is_wrong_and_leaves_the_file_alone(
+    arguments: list[str], changed: dict[str, Any], message: str, settings: Settings, tmp_path: Path
+) -> None:
+    output = tmp_path / "django.json"
+    output.write_text("old\n")
+    for name, value in changed.items():
+        setattr(settings, f"PROMPORTS_{name}", value)
+
+    with pytest.raises(CommandError, match=f"^{message}$"):
+        call("export_targets", "--output", str(output), *arguments)
+
+    assert output.read_text() == "old\n"
+    assert os.listdir(tmp_path) == ["django.json"]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("missing/django.json", "No such file or directory"),
+        ("old.json/django.json", "Not a directory"),
+        (".", "Is a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_says_why(output: str, reason: str, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("old\n")
+    path = tmp_path / output
+    message = f"{path} could not be written: {reason}. The folder must exist and be writable; nothing was changed."
+
+    with pytest.raises(CommandError, match=f"^{re.escape(message)}$"):
+        call("export_targets", "--output", str(path))
+
+    assert old.read_text() == "old\n"
+    assert os.listdir(tmp_path) == ["old.json"]
+
+
+def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
+    # Everything is imported before, because a user without privileges may be unable to.
+    code = (
+        "import sys, django\nfrom io import StringIO\nfrom django.core.management import call_command\n"
+        "django.setup()\nfrom django_promports.management.commands.export_targets import Command\n"
+        "call_command(Command(), stdout=StringIO())\n"
+        f"{BECOME_NOBODY}call_command(Command(), '--output', sys.argv[1])"
+    )
+    # pytest's own folders cannot be entered by another user.
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "django.json")
+        output.write_text("old\n")
+        os.chmod(folder, 0o555)
+
+        done = run_python(code, str(output))
+
+        assert f"CommandError: {output} could not be written: Permission denied. The folder must" in done.stderr
+        assert output.read_text() == "old\n"
+        assert os.listdir(folder) == ["django.json"]
+        os.chmod(folder, 0o755)
+
+
+def test_manage_py_writes_the_list_and_nothing_else() -> None:
+    done = manage("export_targets", "--host", "web1", DEMO_PORT_RANGE="19100-19101")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [_group("web1:19100", "web1:19101")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "range_", "message"),
+    [
+        (["--host", "web1:19100"], "19100", "CommandError: --host cannot be used: 'web1:19100' has a port in it"),
+        ([], "19131-19100", "(promports.E001) PROMPORTS_PORT_RANGE is '19131-19100', which cannot be used"),
+    ],
+)
+def test_manage_py_fails_with_the_reason_on_standard_error(
+    arguments: list[str], range_: str, message: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "django.json"
+    output.write_text("old\n")
+
+    done = manage("export_targets", "--output", str(output), *arguments, DEMO_PORT_RANGE=range_)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert output.read_text() == "old\n"
+
+
+def test_prometheus_accepts_what_is_written(program: Callable[[str], str], settings: Settings, tmp_path: Path) -> None:
+    settings.PROMPORTS_TLS_CERTFILE = "cert.pem"
+    settings.PROMPORTS_TARGET_LABELS = {"site": "Ω 'x': \"y\" \\ # no", "no": "yes", "_": ""}
+    (tmp_path / "prometheus.yml").write_text(
+        "scrape_configs:\n  - {job_name: django, file_sd_configs: [{files: ['*.sd.json', '*.sd.yml']}]}\n"
+    )
+    check = [program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")]
+    for format_, name in (("json", "a.sd.json"), ("yaml", "b.sd.yml")):
+        call("export_targets", "--format", format_, "--output", str(tmp_path / name), "--host", "::1", "--worker-label")
+
+    accepted = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+    targets.write_file(tmp_path / "c.sd.yml", b"- targets: no list\n")
+    refused = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert refused.returncode != 0  # promtool does read them

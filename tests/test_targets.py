@@ -1,0 +1,459 @@
+"""Target groups, the file that Prometheus reads, and asking ports whether they answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import ssl
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from django_promports import targets
+from django_promports.loop import Loop
+from django_promports.targets import Answer, Site, TargetGroup
+from tests.commands import BECOME_NOBODY, answering, endpoint, run_python
+from tests.servers import wait_until
+
+SITE = Site("this")
+ABOUT = {"application": "django_promports", "project": "this"}
+# Words that YAML 1.1 takes for something else than a string, where they are not quoted.
+YAML_WORDS = ["no", "on", "true", "null", "Off", "_", "y", "NO"]
+
+label_names = st.from_regex(r"\A(?!__)[a-zA-Z_][a-zA-Z0-9_]{0,9}\Z") | st.sampled_from(YAML_WORDS)
+label_values = st.text().filter(str.isprintable) | st.sampled_from(
+    [
+        *YAML_WORDS,
+        "1",
+        "0x1F",
+        "1e3",
+        "2001-01-01",
+        "- a",
+        "a: b",
+        "# a",
+        "'",
+        '"',
+        "\\",
+        "{{ x }}",
+        "&a",
+        "*a",
+        "!a",
+        "%",
+    ]
+)
+hosts = st.from_regex(r"\A[a-z0-9_]([a-z0-9_.-]{0,9}[a-z0-9_])?\Z") | st.ip_addresses().map(str)
+groups_of_targets = st.lists(
+    st.builds(
+        TargetGroup,
+        targets=st.lists(st.builds(targets.format_target, hosts, st.integers(1, 65535)), min_size=1, max_size=3),
+        labels=st.dictionaries(label_names, label_values, max_size=3),
+    ),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "bare"),
+    [
+        ("web1", "web1"),
+        ("web-1.example.com.", "web-1.example.com."),
+        ("a_b", "a_b"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+    ],
+)
+def test_host_names_and_ip_addresses_are_hosts(host: str, bare: str) -> None:
+    assert targets.check_host(host) == bare
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("web1:19100", "has a port in it; the ports come from PROMPORTS_PORT_RANGE"),
+        ("127.0.0.1:19100", "has a port in it; the ports come from PROMPORTS_PORT_RANGE"),
+        ("[::1]:19100", "has a port in it; the ports come from PROMPORTS_PORT_RANGE"),
+        *(
+            (host, "is no host name and no IP address")
+            for host in ["", "a b", "http://web1", "web1/metrics", "-a", "a-", ".", "bücher", "web1\n", "a" * 254, "*"]
+        ),
+    ],
+)
+def test_what_is_no_host_says_why(host: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{host!r} {reason}')}$"):
+        targets.check_host(host)
+
+
+@pytest.mark.parametrize("name", ["site", "_site", "Site_1", "no"])
+@pytest.mark.parametrize("value", ["shop", "", "a b", "Ω 'x' \"y\" \\", "{{ $x }}"])
+def test_prometheus_label_names_with_readable_values_are_labels(name: str, value: str) -> None:
+    targets.check_label(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        *((name, "x", "is no label name") for name in ["", "9x", "a-b", "a.b", "a b", "é", "a\n"]),
+        ("__x", "x", "begins with two underscores"),
+        ("x", 1, "is 1, no string"),
+        ("x", None, "is None, no string"),
+        ("x", "a\nb", "which no person can read"),
+        ("x", "\ud800", "which no person can read"),
+    ],
+)
+def test_what_prometheus_refuses_is_no_label(name: str, value: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(repr(name))}.* {reason}"):
+        targets.check_label(name, value)
+
+
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [
+        ("web1", "web1:19100"),
+        ("127.0.0.1", "127.0.0.1:19100"),
+        ("::1", "[::1]:19100"),
+        ("fe80::1%a", "[fe80::1%a]:19100"),
+    ],
+)
+def test_only_ipv6_addresses_need_brackets(host: str, target: str) -> None:
+    assert targets.format_target(host, 19100) == target
+
+
+@given(st.ip_addresses(v=6) | st.ip_addresses(v=4))
+@hypothesis_settings(derandomize=True, deadline=None)
+def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address | IPv6Address) -> None:
+    host = str(address)
+
+    assert targets.check_host(host) == host == targets.check_host(f"[{host}]")
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "expected"),
+    [
+        ([], {}, []),
+        ([], {"ports": [1, 2], "scheme": "https"}, []),
+        ([("a", 1), ("::1", 2)], {}, [{"targets": ["a:1", "[::1]:2"], "labels": {"site": "shop"}}]),
+        ([("a", 1)], {"scheme": "https"}, [{"targets": ["a:1"], "labels": {"site": "shop", "__scheme__": "https"}}]),
+        (
+            [("a", 1), ("a", 4), ("b", 1)],
+            {"ports": [1, 3, 4]},
+            [
+                {"targets": ["a:1", "b:1"], "labels": {"site": "shop", "worker": "0"}},
+                {"targets": ["a:4"], "labels": {"site": "shop", "worker": "2"}},
+            ],
+        ),
+    ],
+)
+def test_targets_are_one_group_or_one_for_each_worker(
+    asked: Sequence[tuple[str, int]], options: dict[str, Any], expected: list[TargetGroup]
+) -> None:
+    labels = {"site": "shop"}
+
+    assert targets.target_groups(asked, labels=labels, **options) == expected
+    assert labels == {"site": "shop"}
+
+
+@given(groups_of_targets)
+@hypothesis_settings(derandomize=True, deadline=None)
+def test_yaml_and_json_say_the_same(groups: list[TargetGroup]) -> None:
+    assert json.loads(targets.dump_json(groups)) == groups
+    # Prometheus reads a group without labels as one with none.
+    assert [{"labels": {}, **group} for group in yaml.safe_load(targets.dump_yaml(groups))] == groups
+
+
+@pytest.mark.parametrize("groups", [[], [TargetGroup(targets=["a:1"], labels={"site": "Ω"})]])
+def test_a_document_is_readable_utf8_that_ends_with_a_newline(groups: list[TargetGroup]) -> None:
+    for content in (targets.dump_json(groups), targets.dump_yaml(groups)):
+        assert content.endswith(b"\n")
+        assert not groups or "Ω" in content.decode()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_everybody_can_read_a_written_file(umask: int, tmp_path: Path) -> None:
+    path = tmp_path / "targets.json"
+    before = os.umask(umask)
+    try:
+        written = targets.write_file(path, b"[]\n")
+    finally:
+        os.umask(before)
+
+    assert written
+    assert path.read_bytes() == b"[]\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_says_it_already_is_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "targets.json"
+    targets.write_file(path, b"[]\n")
+    before = path.stat()
+
+    written = targets.write_file(path, b"[]\n")
+
+    after = path.stat()
+    assert not written
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert targets.write_file(path, b"[1]\n")
+    assert path.stat().st_ino != before.st_ino
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("missing/targets.json", FileNotFoundError),
+        ("old.json/targets.json", NotADirectoryError),
+        (".", IsADirectoryError),
+    ],
+)
+def test_a_file_that_cannot_be_is_an_error(name: str, error: type[OSError], tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_bytes(b"old\n")
+
+    with pytest.raises(error):
+        targets.write_file(tmp_path / name, b"[]\n")
+
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == b"old\n"
+
+
+def test_a_read_only_folder_keeps_its_file() -> None:
+    # pytest's own folders cannot be entered by another user.
+    with tempfile.TemporaryDirectory() as folder:
+        old = Path(folder, "targets.json")
+        old.write_bytes(b"old\n")
+        os.chmod(folder, 0o555)
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
+            f"{BECOME_NOBODY}targets.write_file(Path(sys.argv[1]), b'[]')"
+        )
+
+        done = run_python(code, str(old))
+
+        assert done.stderr.splitlines()[-1].startswith("PermissionError: [Errno 13] Permission denied: ")
+        assert os.listdir(folder) == ["targets.json"]
+        assert old.read_bytes() == b"old\n"
+        os.chmod(folder, 0o755)
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    old = tmp_path / "targets.json"
+    old.write_bytes(b"old\n")
+    # As a full disk does: the file may not grow beyond 1,000 bytes.
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "targets.write_file(Path(sys.argv[1]), bytes(5000))"
+    )
+
+    done = run_python(code, str(old))
+
+    assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == b"old\n"
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "targets.json"
+    contents = [json.dumps([{"targets": ["a:1"] * count}]).encode() for count in (5000, 1)]
+    targets.write_file(path, contents[1])
+    seen: list[bytes] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.append(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        targets.write_file(path, contents[number % 2])
+    wait_until(lambda: len(seen) > 20, "the reader reads")
+    stop.set()
+    reader.join()
+
+    assert set(seen) <= set(contents)
+    assert os.listdir(tmp_path) == ["targets.json"]
+
+
+def test_a_port_where_nobody_listens_is_free(free_ports: range) -> None:
+    assert _ask(free_ports[0]) == Answer("free")
+
+
+def test_a_port_that_never_answers_is_silent(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "ASK_SECONDS", 0.2)
+
+    with socket.create_server(("127.0.0.1", free_ports[0])):
+        assert _ask(free_ports[0]) == Answer("silent")
+
+
+def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "ASK_SECONDS", 0.5)
+    with contextlib.ExitStack() as stack:
+        for port in free_ports:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        began = time.monotonic()
+
+        answers = _ask_all([("127.0.0.1", port) for port in free_ports])
+
+        assert answers == [Answer("silent")] * len(free_ports)
+        assert time.monotonic() - began < 0.5 * len(free_ports) / 2
+
+
+def _http(status: str, server: str, about: object) -> bytes:
+    body = about if isinstance(about, bytes) else json.dumps(about).encode()
+    return f"HTTP/1.1 {status}\r\nServer: {server}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        (b"", "other"),
+        (b"\x00\xff\r\n\r\n\xff", "other"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "other"),
+        (b"220 mail ESMTP\r\n", "other"),
+        (_http("200 OK", "django_promports", ABOUT), "live"),
+        (_http("500 Internal Server Error", "django_promports", ABOUT), "other"),
+        (_http("401 Unauthorized", "django_promports", ABOUT), "other"),
+        (_http("200 OK", "nginx", ABOUT), "other"),
+        (_http("200 OK", "django_promports", {**ABOUT, "project": "that"}), "other"),
+        (_http("200 OK", "django_promports", {**ABOUT, "application": "x"}), "other"),
+        (_http("200 OK", "django_promports", {"application": "django_promports"}), "other"),
+        (_http("200 OK", "django_promports", []), "other"),
+        (_http("200 OK", "django_promports", None), "other"),
+        (_http("200 OK", "django_promports", b"<html>"), "other"),
+        (_http("200 OK", "django_promports", b"\xff"), "other"),
+        (_http("200 OK", "django_promports", b"[" * 100_000), "other"),
+        (_http("200 OK", "django_promports", json.dumps(ABOUT).encode() + b" " * 200_000), "other"),  # too long
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_only_an_endpoint_of_this_site_is_live(
+    answer: bytes, state: str, free_ports: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "MAX_ANSWER_BYTES", 150_000)
+
+    with answering(free_ports[0], answer):
+        assert _ask(free_ports[0]).state == state
+
+
+def test_a_usual_web_server_is_another_program(free_ports: range, tmp_path: Path) -> None:
+    handler = partial(_Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", free_ports[0]), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            answer = _ask(free_ports[0])
+        finally:
+            server.shutdown()
+            thread.join()
+
+    assert answer.state == "other"
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_endpoints_are_told_apart_by_their_project_and_asked_for_any_path(free_ports: range) -> None:
+    with endpoint(free_ports, project="this", pid=7) as ours, endpoint(free_ports, project="that") as theirs:
+        answers = _ask_all([("127.0.0.1", theirs), ("127.0.0.1", ours), ("localhost", ours)])
+        (scrape,) = _ask_all([("127.0.0.1", ours)], "/metrics")
+        (missing,) = _ask_all([("127.0.0.1", ours)], "/missing")
+
+    assert [answer.state for answer in answers] == ["other", "live", "live"]
+    assert answers[1].about == {**ABOUT, "pid": 7}
+    assert 0 < answers[1].seconds < targets.ASK_SECONDS
+    assert (scrape.state, targets.count_samples(scrape.body)) == ("live", 0)
+    assert missing.state == "other"
+
+
+def test_more_targets_than_are_asked_at_once_are_answered_in_order(free_ports: range) -> None:
+    with endpoint(free_ports[3:], project="this"):
+        answers = _ask_all([("127.0.0.1", port) for port in free_ports] * 5)
+
+    expected = ["live" if index % len(free_ports) == 3 else "free" for index in range(len(answers))]
+    assert [answer.state for answer in answers] == expected
+
+
+@pytest.mark.parametrize(
+    ("token", "with_tls", "state"),
+    [("right", True, "live"), ("wrong", True, "other"), (None, True, "other"), ("right", False, "other")],
+)
+def test_an_endpoint_with_tls_and_a_token_is_live_to_who_has_both(
+    token: str | None, with_tls: bool, state: str, free_ports: range, tmp_path: Path
+) -> None:
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None) if with_tls else None, token)
+    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    issued.configure_cert(server_tls)
+
+    with endpoint(free_ports, project="this", tls=server_tls, token="right") as port:
+        assert _ask(port, site).state == state
+
+
+def test_nothing_is_live_where_no_tls_is_spoken(
+    free_ports: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "ASK_SECONDS", 0.3)
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None))
+
+    with endpoint(free_ports, project="this") as plain, answering(free_ports[1], b"220 mail ESMTP\r\n"):
+        assert _ask(plain, site).state == "silent"  # it waits for the rest of the request
+        assert _ask(free_ports[1], site).state == "other"
+
+
+def test_a_host_name_with_several_addresses_is_asked_at_each(
+    free_ports: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which addresses "localhost" has, and in which order, differs from machine to machine.
+    usual = socket.getaddrinfo
+
+    def look_up(host: str, *args: Any, **options: Any) -> list[Any]:
+        hosts = ["::1", "127.0.0.1"] if host == "localhost" else [host]
+        return [info for host in hosts for info in usual(host, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with endpoint(free_ports, project="this") as port:
+        (answer,) = _ask_all([("localhost", port)])
+
+    assert answer.state == "live"
+
+
+@pytest.mark.parametrize(
+    ("exposition", "count"),
+    [(b"", 0), (b"# HELP a b\n# TYPE a gauge\na 1\n", 1), (b'a{b="c"} 1\n\na{b="#"} 2\n# EOF\n', 2)],
+)
+def test_the_samples_of_an_exposition_are_its_lines_without_comments(exposition: bytes, count: int) -> None:
+    assert targets.count_samples(exposition) == count
+
+
+def _ask(port: int, site: Site = SITE) -> Answer:
+    (answer,) = _ask_all([("127.0.0.1", port)], site=site)
+    return answer
+
+
+def _ask_all(asked: Sequence[tuple[str, int]], path: str = "/", site: Site = SITE) -> list[Answer]:
+    with contextlib.closing(Loop()) as loop:
+        return loop.complete(targets.ask_all(loop, site, asked, path))
