@@ -152,6 +152,13 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
         pass  # the first worker makes it
     except ImproperlyConfigured:
         pass  # _check_values() says so
+    except ledger.ForeignFolder as error:
+        yield checks.Warning(
+            f"PROMPORTS_LEDGER_DIR: {error}.",
+            hint="That is as it should be where the folder's user runs the workers. Workers of this user would "
+            "count in memory, and lose counts when they end.",
+            id="promports.W004",
+        )
     except OSError as error:
         yield checks.Error(
             f"PROMPORTS_LEDGER_DIR cannot be used: {error}. Workers count in memory, and lose counts when they end.",

@@ -101,7 +101,7 @@ class Conf:
     @property
     def project(self) -> str:
         """The name that tells the endpoints of this site from those of another on the same machine."""
-        return settings.SETTINGS_MODULE or settings.ROOT_URLCONF
+        return settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django"
 
     @property
     def local_address(self) -> str:

@@ -73,6 +73,10 @@ class LedgerDamaged(Exception):
     """The file is no ledger of this application, or not a whole one."""
 
 
+class ForeignFolder(PermissionError):
+    """The folder belongs to another user."""
+
+
 class Family(NamedTuple):
     """What the series of one metric have in common, and the first cell of each, by label values."""
 
@@ -389,14 +393,14 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise PermissionError if the ledgers of this user must not be in this folder."""
+    """Raise PermissionError if nobody's ledgers must be in this folder, ForeignFolder if this user's must not."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise PermissionError(f"{path} is no folder, or a link to one")
-    if status.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, who runs this process")
     if status.st_mode & 0o022:
         raise PermissionError(f"others may write to {path}")
+    if status.st_uid != os.geteuid():
+        raise ForeignFolder(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, who runs this process")
 
 
 def find_filesystem(path: Path) -> str:

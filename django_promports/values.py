@@ -257,8 +257,8 @@ class Book:
 
     def _attach(self, ledger: Ledger, metric: Any, labelvalues: Labels, child: Any) -> None:
         values = _get_values(child)
-        if any(type(value) not in (MutexValue, CellValue) for value in values):
-            raise TypeError(f"values of {type(values[0])} are not known")
+        if not values:
+            raise TypeError("its values are not known")
         family = self._find_family(ledger, metric)
         first = self._unmade.get(family.name, {}).pop(labelvalues, None)
         if first is None:
@@ -421,12 +421,15 @@ def _list_children(metric: Any) -> list[Any]:
 
 
 def _get_values(child: Any) -> list[Any]:
-    """Return the values of a child in the order of its cells."""
+    """Return the values of a child in the order of its cells; none if they are not what prometheus_client makes."""
+    values: list[Any]
     if isinstance(child, Counter):
-        return [child._value]
-    if isinstance(child, Summary):
-        return [child._count, child._sum]
-    return [child._sum, *child._buckets]
+        values = [child._value]
+    elif isinstance(child, Summary):
+        values = [child._count, child._sum]
+    else:
+        values = [child._sum, *child._buckets]
+    return values if all(type(value) in (MutexValue, CellValue) for value in values) else []
 
 
 def _put_values(child: Any, values: list[CellValue]) -> None:

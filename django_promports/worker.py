@@ -319,9 +319,11 @@ def _after_fork_in_parent() -> None:
         process.forking_thread = None
         if process.endpoint is not None:
             process.endpoint.unpause()
-        if not process.is_worker:
-            _book.hand_over()
-        process.lock.release()
+        try:
+            if not process.is_worker:
+                _book.hand_over()
+        finally:
+            process.lock.release()
 
 
 def _after_fork_in_child() -> None:

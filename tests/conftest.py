@@ -5,6 +5,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,13 @@ from django_promports import worker
 # Every test gets a block of ports of its own, below the kernel's ephemeral ones.
 BLOCK = 16
 BLOCKS = range(12000, 32000, BLOCK)
+
+
+@pytest.fixture(autouse=True)
+def own_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+    """Keep what a test counts, here and in the processes that it starts, out of the ledgers of others."""
+    monkeypatch.setenv("DEMO_LEDGER_DIR", str(tmp_path / "ledgers"))
+    settings.PROMPORTS_LEDGER_DIR = tmp_path / "ledgers"
 
 
 @pytest.fixture

@@ -124,7 +124,6 @@ def gunicorn(
     settings = {
         "DEMO_PORT_RANGE": range_ or f"{metric_ports[0]}-{metric_ports[-1]}",
         "DEMO_DATABASE": str(database(tmp_path)),
-        "DEMO_LEDGER_DIR": str(tmp_path / "ledgers"),
         "PYTHONUNBUFFERED": "1",
         **env,
     }

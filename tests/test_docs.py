@@ -41,7 +41,7 @@ def test_every_setting_has_the_documented_default(settings: object) -> None:
         value = getattr(Conf(), name)
         documented = eval(default, {"range": range})
         assert (tuple(documented) if isinstance(documented, range) else documented) == value, name
-    assert set(rows) | {"PROMPORTS_TARGET_HOST"} == first_column("Settings")
+    assert set(rows) | {"PROMPORTS_TARGET_HOST", "PROMPORTS_LEDGER_DIR"} == first_column("Settings")
 
 
 def test_every_check_is_documented_once_and_the_other_way_round() -> None:
@@ -86,7 +86,7 @@ def test_each_local_link_leads_somewhere() -> None:
 
 
 def test_the_core_knows_no_django() -> None:
-    for name in ("ports.py", "loop.py", "endpoint.py", "targets.py"):
+    for name in ("ports.py", "loop.py", "endpoint.py", "ledger.py", "targets.py", "values.py"):
         imported = [
             module
             for node in ast.walk(ast.parse(CODE[name]))

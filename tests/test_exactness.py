@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Gunicorn, Prometheus, gunicorn, manage, prometheus, scrape
+from django_promports.ledger import Ledger, make_folder
+from tests.servers import ROOT, Gunicorn, Prometheus, database, gunicorn, manage, prometheus, scrape, send_requests
 
 WORKERS = 4
 # What is asked, and the series that count it. django-prometheus' metric is made when its middleware is loaded, the
@@ -186,3 +187,86 @@ def total(site: Gunicorn, metric: str, label: str) -> float:
     return sum(
         value for name, value in samples if name.startswith(metric) and name[len(metric) :][:1] in "{" and label in name
     )
+
+
+@pytest.mark.parametrize("ledgers", ["ledgers", ""], ids=["ledgers", "memory"])
+def test_what_a_preloading_master_counts_is_exported_once(ledgers: str, free_ports: range, tmp_path: Path) -> None:
+    (tmp_path / "counting.py").write_text(
+        "from prometheus_client import Counter\n"
+        "LOADED = Counter('loaded', 'Made and counted before the app is ready.')\n"
+        "LOADED.inc(3)\n"
+        "from demo_site.wsgi import application\n"
+        "LOADED.inc(4)\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DEMO_LEDGER_DIR": ledgers and str(tmp_path / ledgers)}
+    with gunicorn(tmp_path, free_ports, "--preload", "counting", **env) as site:
+        site.wait_for_workers()
+        at_first = site.total("loaded_total")
+
+        os.kill(max(site.child.children()), signal.SIGTERM)
+        site.child.wait_until(lambda: site.child.output().count("Booting worker") == 5, "a successor comes")
+        site.wait_for_workers()
+
+        assert at_first == 7
+        assert site.total("loaded_total") == 7
+
+
+def test_without_ledgers_all_that_living_workers_counted_is_there(free_ports: range, tmp_path: Path) -> None:
+    with gunicorn(tmp_path, free_ports, DEMO_LEDGER_DIR="") as site:
+        live = site.wait_for_workers()
+        assert send_requests(100, lambda _: site.request()).count(200) == 100
+        before = site.total()
+        lost = scrape(free_ports[0])["django_http_requests_before_middlewares_total"]
+
+        os.kill(live[free_ports[0]], signal.SIGKILL)
+        site.child.wait_until(lambda: len(now := site.live()) == 4 and now != live, "a successor comes")
+
+        assert before == 100
+        assert site.total() == 100 - lost
+        assert not (tmp_path / "ledgers").exists()
+
+
+def test_a_process_that_finds_all_ledgers_taken_counts_in_memory_and_says_so(free_ports: range, tmp_path: Path) -> None:
+    folder = tmp_path / "ledgers"
+    make_folder(folder)
+    # As by containers that share the folder, each with ports of its own.
+    ledgers = [Ledger(folder / f"{port}.ledger", "demo_site.settings") for port in free_ports[:3]]
+    with contextlib.ExitStack() as stack:
+        for ledger in ledgers:
+            stack.callback(ledger.close)
+        width = f"{free_ports[0]}-{free_ports[2]}"
+        with gunicorn(tmp_path, free_ports, workers=1, range_=width) as site:
+            assert list(site.wait_for_workers(1)) == [free_ports[0]]
+            assert site.request() == 200
+            assert site.total() == 1
+            assert "Counting in memory: other processes have the ledgers" in site.child.output()
+
+
+def test_a_port_whose_ledger_is_taken_is_passed_over(free_ports: range, tmp_path: Path) -> None:
+    make_folder(tmp_path / "ledgers")
+    taken = Ledger(tmp_path / "ledgers" / f"{free_ports[0]}.ledger", "demo_site.settings")
+    with contextlib.closing(taken), gunicorn(tmp_path, free_ports, workers=2) as site:
+        assert sorted(site.wait_for_workers(2)) == list(free_ports[1:3])
+
+
+@pytest.mark.parametrize("mode", [0o777, None], ids=["writable", "link"])
+def test_in_a_folder_that_is_not_safe_workers_count_in_memory(
+    mode: int | None, free_ports: range, tmp_path: Path
+) -> None:
+    database(tmp_path)  # by a command, which the wrong folder would keep from running
+    folder = tmp_path / "ledgers"
+    if mode is None:
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(mode)
+    with gunicorn(tmp_path, free_ports, workers=1) as site:
+        site.wait_for_workers(1)
+        assert site.request() == 200
+        assert site.total() == 1
+        assert site.child.output().count("Counting in memory") == 1
+    assert not list(folder.iterdir())
+    checked = manage("check")
+    assert checked.returncode == 1
+    assert "promports.E012" in checked.stderr
