@@ -114,6 +114,7 @@ class Conf:
 
     @property
     def site(self) -> Site:
+        self.server_tls()  # says what is wrong with the files
         certfile = self.PROMPORTS_TLS_CERTFILE
         tls = client_tls(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
         return Site(self.project, tls, self.read_token())

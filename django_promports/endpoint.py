@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from enum import IntEnum
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
@@ -149,8 +150,6 @@ class Endpoint:
         self._read_token = read_token
         self._loop = Loop()
         self._connections: dict[Conversation, Stage] = {}  # oldest first
-        self._found: bytes | None = None
-        self._finding_for: list[Conversation] = []
         self._failing = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="promports-endpoint", daemon=True)
@@ -209,12 +208,15 @@ class Endpoint:
                     break
                 if len(self._connections) >= MAX_CONNECTIONS:
                     self._drop_one()
-                self._connections[self._loop.spawn(self._serve(sock), HEADER_SECONDS)] = Stage.ASKING
+                connection = self._loop.spawn(self._serve(sock), HEADER_SECONDS, sock)
+                self._connections[connection] = Stage.ASKING
 
     def _drop_one(self) -> bool:
         if not self._connections:
             return False
-        self._loop.drop(min(self._connections, key=self._connections.__getitem__))
+        connection = min(self._connections, key=self._connections.__getitem__)
+        self._loop.drop(connection)
+        self._connections.pop(connection, None)
         return True
 
     def _serve(self, sock: socket.socket) -> Steps[None]:
@@ -256,7 +258,8 @@ class Endpoint:
             if request.route == "/metrics":
                 return self._scrape(request)
             if request.route == "/targets":
-                return Response(200, "application/json", (yield from self._targets()))
+                find = partial(self._find_targets, self._loop)  # asks every port of the range
+                return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
             if request.route == "/":
                 return self._page(request)
             return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
@@ -288,27 +291,6 @@ class Endpoint:
         self._failing = False
         SERVED.inc()
         return Response(200, headers.pop("Content-Type"), body, tuple(headers.items()))
-
-    def _targets(self) -> Steps[bytes]:
-        # Who asks while an answer is being found shares it: one answer asks every port of the range.
-        connection = self._loop.current()
-        self._finding_for.append(connection)
-        if len(self._finding_for) == 1:
-            self._loop.spawn(self._find())
-        while connection in self._finding_for:
-            yield None
-        if self._found is None:
-            raise RuntimeError("The ports could not be asked.")
-        return self._found
-
-    def _find(self) -> Steps[None]:
-        self._found = None
-        try:
-            self._found = yield from self._find_targets(self._loop)
-        finally:
-            connections, self._finding_for = self._finding_for, []
-            for connection in connections:
-                self._loop.resume(connection)
 
     def _page(self, request: Request) -> Response:
         about = self._about()

@@ -6,7 +6,8 @@ becomes of the process. One process at a time has it open, under flock(2).
 Format, version 2, in native byte order. Nothing moves, so that a kill at any instant leaves a readable file:
 
     0          header: magic, version, byte order, size, SHA-256 of the application's name, CRC-32 of all that
-    1024       seal: CRC-32 of cells and index if the last holder closed the file, or 0 while one has it open
+    1024       seal: CRC-32 of cells and index if the last holder closed the file, or OPEN while one has it open
+    1032       uint64 end of the index, written after each record
     2048       float64 times in seconds since the epoch: of the last complete scrape, of the last opening
     4096       cells: float64 each
     INDEX_AT   index: records one after the other, each 8-byte aligned; the first with length 0 is the end
@@ -18,6 +19,9 @@ Format, version 2, in native byte order. Nothing moves, so that a kill at any in
 A record counts once its length is there, which is written last. A series owns STATE cells (created, activity at the
 last claim, time of the last claim that found other activity) and then its values: a counter's one, a summary's count
 and sum, a histogram's sum and buckets (each bucket by itself, not cumulated).
+
+The seal covers the cells only when the last holder closed the file; of one whose holder was killed, header, index and
+sizes can be verified, and the cells are taken as they are.
 """
 
 from __future__ import annotations
@@ -42,11 +46,13 @@ logger = logging.getLogger("django_promports")
 MAGIC = b"promport"
 VERSION = 2
 SIZE = 64 * 1024 * 1024  # sparse: pages that nobody wrote take no memory and no disk
-SEAL_AT, SCRAPED_AT, OPENED_AT, CELLS_AT = 1024, 2048, 2056, 4096
+SEAL_AT, END_AT, SCRAPED_AT, OPENED_AT, CELLS_AT = 1024, 1032, 2048, 2056, 4096
+OPEN = int.from_bytes(b"OPEN", "big")  # not 0: a sealed file whose seal was torn out must not look open
 CELL_COUNT = 2 * 1024 * 1024  # a hundred thousand histograms
 INDEX_AT = CELLS_AT + 8 * CELL_COUNT
 HEADER = struct.Struct("=8sIIQ32s")
 WORD = struct.Struct("=I")
+LONG = struct.Struct("=Q")
 NUMBER = struct.Struct("=d")
 RECORD = struct.Struct("=II")
 # Space is reserved in pieces of this size before it is written: a mapped page that the full file system cannot back
@@ -94,6 +100,11 @@ class Family(NamedTuple):
         """How many values a series has."""
         return {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
 
+    @property
+    def growing(self) -> slice:
+        """Which of its values only ever grow: all but the sum of observations, which may be negative."""
+        return slice(1, None) if self.type == "histogram" else slice(0, 1)
+
 
 class Ledger:
     """An open ledger.
@@ -132,7 +143,7 @@ class Ledger:
         except BaseException:
             self.close(seal=False)
             raise
-        WORD.pack_into(self._map_, SEAL_AT, 0)
+        WORD.pack_into(self._map_, SEAL_AT, OPEN)
         NUMBER.pack_into(self._map_, OPENED_AT, time.time())
 
     def add_family(
@@ -195,9 +206,14 @@ class Ledger:
 
     def _create(self) -> None:
         header = HEADER.pack(MAGIC, VERSION, 0x01020304, SIZE, self._application)
+        try:
+            _reserve(self._file, 0, CELLS_AT)
+            _reserve(self._file, INDEX_AT, RECORD.size)  # where tmpfs is full, even reading a hole is a SIGBUS
+        except LedgerFull:
+            os.ftruncate(self._file, 0)
+            raise
+        os.pwrite(self._file, (header + WORD.pack(zlib.crc32(header))).ljust(SEAL_AT, b"\0") + WORD.pack(OPEN), 0)
         os.ftruncate(self._file, SIZE)
-        _reserve(self._file, 0, CELLS_AT)
-        os.pwrite(self._file, header + WORD.pack(zlib.crc32(header)), 0)
 
     def _read(self) -> None:
         size = os.fstat(self._file).st_size
@@ -215,8 +231,10 @@ class Ledger:
                 self._apply(record)
         except (ValueError, TypeError, LookupError, struct.error) as error:
             raise LedgerDamaged(f"its index is damaged at byte {self._index_end} ({error!r})") from None
+        if self._index_end < LONG.unpack_from(self._map_, END_AT)[0]:
+            raise LedgerDamaged("the end of its index is missing")
         seal = WORD.unpack_from(self._map_, SEAL_AT)[0]
-        if seal and seal != self._checksum():
+        if seal != OPEN and seal != self._checksum():
             raise LedgerDamaged("somebody changed it while no process had it open")
         # What was written was reserved; it may have been the last of its piece.
         self._cells_reserved = self._index_reserved = 0
@@ -246,6 +264,7 @@ class Ledger:
             family = self._by_number[number]
             if first < self._cells_end or first + STATE + family.width > CELL_COUNT:
                 raise ValueError("cells")
+            self._forgotten += tuple(labelvalues) in family.series  # it was dropped, and came back
             family.series[tuple(labelvalues)] = first
             self._cells_end = first + STATE + family.width
         elif what == "family":
@@ -308,6 +327,7 @@ class Ledger:
         RECORD.pack_into(self._map_, end, 0, 0)
         WORD.pack_into(self._map_, self._index_end + WORD.size, zlib.crc32(payload))
         WORD.pack_into(self._map_, self._index_end, len(payload))
+        LONG.pack_into(self._map_, END_AT, end)
         self._index_end = end
 
     def _reserve(self, begin: int, length: int, base: int) -> int:
@@ -325,7 +345,7 @@ class Ledger:
         for family in list(self.families.values()):
             width = STATE + family.width
             for labelvalues, first in list(family.series.items()):
-                activity = sum(cells[first + STATE : first + width])
+                activity = sum(cells[first + STATE : first + width][family.growing])
                 if activity != cells[first + 1]:
                     cells[first + 1], cells[first + 2] = activity, now
                 elif cells[first + 2] < min(scraped, now - FORGET_SECONDS):
@@ -362,13 +382,17 @@ class Ledger:
                     self._add_series(new, labelvalues, cells)
             NUMBER.pack_into(self._map_, SCRAPED_AT, scraped)
             os.replace(temporary, self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         finally:
             os.close(old)
 
     def _checksum(self) -> int:
-        """CRC-32 of everything that the index and its cells say; never 0, which means open."""
+        """CRC-32 of everything that the index and its cells say; never OPEN, and never 0, which nobody wrote."""
         cells = zlib.crc32(self._map_[CELLS_AT : CELLS_AT + 8 * self._cells_end])
-        return zlib.crc32(self._map_[INDEX_AT : self._index_end], cells) or 1
+        checksum = zlib.crc32(self._map_[INDEX_AT : self._index_end], cells)
+        return checksum if checksum not in (0, OPEN) else 1
 
 
 def read_opening(path: Path) -> float | None:

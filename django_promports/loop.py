@@ -12,9 +12,9 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 T = TypeVar("T")
 # What a conversation yields: the socket and the events it waits for, or None to wait for resume().
@@ -24,20 +24,37 @@ Steps = Generator[Wait, None, T]
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 CHUNK = 65536
+# Seconds of a rest in give_way(). Letting go of the interpreter and asking for it at once gets it back before another
+# thread has woken up, so it takes a real wait; this is the shortest that epoll knows.
+REST_SECONDS = 0.001
 
 
 class Conversation:
-    """A generator on its way, and the moment (time.monotonic) at which it is dropped."""
+    """A generator on its way, the socket that is closed with it, and when (time.monotonic) it is dropped."""
 
-    __slots__ = ("deadline", "steps", "waiting_on")
+    __slots__ = ("deadline", "socket", "steps", "waiting_on")
 
-    def __init__(self, steps: Steps[Any], seconds: float | None) -> None:
+    def __init__(self, steps: Steps[Any], seconds: float | None, sock: socket.socket | None) -> None:
         self.steps = steps
+        self.socket = sock
         self.waiting_on: int | None = None
         self.set_deadline(seconds)
 
     def set_deadline(self, seconds: float | None) -> None:
         self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def close(self) -> None:
+        self.steps.close()
+        if self.socket is not None:  # a generator that has not begun has no `finally` yet
+            self.socket.close()
+
+
+class Flight:
+    """A conversation whose result several others wait for."""
+
+    def __init__(self) -> None:
+        self.passengers: list[Conversation] = []
+        self.outcome: Callable[[], Any] | None = None  # returns the result, or raises
 
 
 class Loop:
@@ -51,6 +68,8 @@ class Loop:
         self.busy = threading.Lock()
         self._conversations: dict[Conversation, None] = {}  # oldest first
         self._resumed: deque[Conversation] = deque()
+        self._resting: list[Conversation] = []
+        self._flights: dict[Hashable, Flight] = {}
         self._current: Conversation | None = None
         self._selector = selectors.DefaultSelector()
         self._wakee, self._waker = socket.socketpair()
@@ -58,9 +77,9 @@ class Loop:
         self._waker.setblocking(False)
         self._selector.register(self._wakee, READ, None)
 
-    def spawn(self, steps: Steps[Any], seconds: float | None = None) -> Conversation:
-        """Begin a conversation; it is dropped after that many seconds."""
-        conversation = Conversation(steps, seconds)
+    def spawn(self, steps: Steps[Any], seconds: float | None = None, sock: socket.socket | None = None) -> Conversation:
+        """Begin a conversation; it is dropped after that many seconds, and the socket closed if it is."""
+        conversation = Conversation(steps, seconds, sock)
         self._conversations[conversation] = None
         self._resumed.append(conversation)
         return conversation
@@ -73,12 +92,41 @@ class Loop:
         """End a conversation where it stands; its generator cleans up in `finally`."""
         self._forget(conversation)
         self._conversations.pop(conversation, None)
-        conversation.steps.close()
+        conversation.close()
 
     def current(self) -> Conversation:
         """Return the conversation whose step is running."""
         assert self._current is not None
         return self._current
+
+    def give_way(self) -> Steps[None]:
+        """Let everybody else have the interpreter for a moment, the site's threads included."""
+        self._resting.append(self.current())
+        yield None
+
+    def share(self, key: Hashable, begin: Callable[[], Steps[T]]) -> Steps[T]:
+        """Hold a conversation and return its result; all who ask for the same key meanwhile have that result too."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = Flight()
+            # On its own, so that it goes on if who asked first hangs up.
+            self.spawn(self._fly(key, flight, begin()))
+        flight.passengers.append(self.current())
+        while flight.outcome is None:
+            yield None
+        return cast("T", flight.outcome())
+
+    def _fly(self, key: Hashable, flight: Flight, steps: Steps[Any]) -> Steps[None]:
+        try:
+            result = yield from steps
+            flight.outcome = lambda: result
+        except Exception as error:
+            failure = error
+            flight.outcome = lambda: _raise(failure)
+        finally:
+            del self._flights[key]
+            for passenger in flight.passengers:
+                self.resume(passenger)
 
     def gather(self, many: Iterable[Steps[T]], seconds: float, at_once: int = 64) -> Steps[list[T | None]]:
         """Hold many conversations, so many at once, and return their results in order: None where one was dropped."""
@@ -114,11 +162,14 @@ class Loop:
 
     def turn(self) -> None:
         """Wait until a conversation can go on or a deadline passes, and advance what can."""
-        with self.busy:
-            self._advance_resumed()
+        if self._resting:
+            timeout: float | None = REST_SECONDS
+        else:
             timeout = 0.0 if self._resumed else self._seconds_to_deadline()
         events = self._selector.select(timeout)
         with self.busy:
+            self._resumed += self._resting
+            self._resting.clear()
             for key, _ in events:
                 if key.data is None:
                     self._drain_wakeups()
@@ -140,7 +191,7 @@ class Loop:
         self._selector.close()
         for conversation in list(self._conversations):
             conversation.waiting_on = None
-            conversation.steps.close()
+            conversation.close()
         self._conversations.clear()
         self._wakee.close()
         self._waker.close()
@@ -217,3 +268,7 @@ def send_all(sock: socket.socket, data: bytes) -> Steps[None]:
     while rest:
         sent = yield from attempt(sock, lambda: sock.send(rest[:CHUNK]), WRITE)  # noqa: B023
         rest = rest[sent:]
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

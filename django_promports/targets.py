@@ -119,7 +119,7 @@ def dump_yaml(groups: Sequence[TargetGroup]) -> bytes:
             yield from (f"    - {_quote(target)}" for target in group["targets"])
             if group["labels"]:
                 yield "  labels:"
-                yield from (f"    {name}: {_quote(value)}" for name, value in group["labels"].items())
+                yield from (f"    {_quote(name)}: {_quote(value)}" for name, value in group["labels"].items())
 
     return ("\n".join(lines() if groups else ["[]"]) + "\n").encode()
 
@@ -156,10 +156,12 @@ def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: st
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
-    """Ask a port for a path; only an endpoint of this site is `live`."""
+    """Ask a port for a path; only an endpoint of this site is `live`. Raises ValueError if the host has no address."""
     began = time.monotonic()
     try:
         head, body = yield from _fetch(site, host, port, path)
+    except socket.gaierror:
+        raise ValueError(f"{host!r} has no address") from None
     except ConnectionRefusedError:
         return Answer("free")
     except (OSError, ValueError):
@@ -173,7 +175,7 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
     try:
         about = json.loads(body)
         known = about["application"] == APPLICATION and about["project"] == site.project
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return Answer("other", seconds=seconds)
     return Answer("live" if known else "other", about, body, seconds)
 
@@ -196,20 +198,8 @@ def client_tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 
 
 def _fetch(site: Site, host: str, port: int, path: str) -> Steps[tuple[bytes, bytes]]:
+    sock = yield from _connect(host, port)
     try:
-        family, address = resolve(host, port)
-    except ValueError:  # a name; commands ask by name, endpoints never do
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        family, address = info[0], info[4]
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        error = sock.connect_ex(address)
-        if error == errno.EINPROGRESS:
-            yield sock, WRITE
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
         if site.tls:
             sock = tls = site.tls.wrap_socket(sock, do_handshake_on_connect=False)
             yield from attempt(tls, tls.do_handshake, WRITE)
@@ -226,6 +216,32 @@ def _fetch(site: Site, host: str, port: int, path: str) -> Steps[tuple[bytes, by
         sock.close()
     head, _, body = bytes(received).partition(b"\r\n\r\n")
     return head, body
+
+
+def _connect(host: str, port: int) -> Steps[socket.socket]:
+    """Connect to the first address of the host that accepts."""
+    try:
+        addresses = [resolve(host, port)]
+    except ValueError:  # a name: commands may ask by name, endpoints never do
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [(family, address) for family, _, _, _, address in infos]
+    error = 0
+    for family, address in addresses:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        connected = False
+        try:
+            sock.setblocking(False)
+            error = sock.connect_ex(address)
+            if error == errno.EINPROGRESS:
+                yield sock, WRITE
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            connected = error == 0
+        finally:
+            if not connected:
+                sock.close()
+        if connected:
+            return sock
+    raise OSError(error, os.strerror(error))
 
 
 def _is_ipv6(host: str) -> bool:

@@ -116,7 +116,7 @@ class Gunicorn:
 
 @contextlib.contextmanager
 def gunicorn(
-    tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: str
+    tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: Any
 ) -> Iterator[Gunicorn]:
     """Run gunicorn on the demo site; the last of the ports is the site's, the others are the metrics'."""
     *metric_ports, site_port = ports

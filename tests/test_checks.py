@@ -74,7 +74,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMPORTS_ADDRESS": "localhost", "PROMPORTS_PORT_RANGE": "", "PROMPORTS_ENABLED": 1}, ["E001", "E002", "E009"]),
 ]
 # Those that settings alone do not produce; each has a test of its own below.
-ELSEWHERE = {"E003", "E012", "W002", "W003"}
+ELSEWHERE = {"W004", "E003", "E012", "W002", "W003"}
 GOOD: list[dict[str, Any]] = [
     {},
     {"PROMPORTS_PORT_RANGE": [1024, 32767, 61000], "PROMPORTS_ENABLED": False},
@@ -281,7 +281,7 @@ def test_ledgers_on_a_disk_are_a_warning_at_deploy_time(folder: str | None, ids:
         _is_helpful(message)
 
 
-@pytest.mark.parametrize("unsafe", ["file", "link", "shared", "foreign"])
+@pytest.mark.parametrize("unsafe", ["file", "link", "shared"])
 def test_a_ledger_folder_that_others_could_use_is_an_error(unsafe: str, settings: Settings, tmp_path: Path) -> None:
     folder = tmp_path / "ledgers"
     if unsafe == "file":
@@ -292,10 +292,6 @@ def test_a_ledger_folder_that_others_could_use_is_an_error(unsafe: str, settings
         folder.mkdir(mode=0o700)
     if unsafe == "shared":
         folder.chmod(0o770)
-    elif unsafe == "foreign" and os.geteuid() == 0:
-        os.chown(folder, 65534, -1)
-    elif unsafe == "foreign":
-        folder = Path("/")
     settings.PROMPORTS_LEDGER_DIR = folder
 
     (message,) = checks.check_settings()
@@ -305,6 +301,21 @@ def test_a_ledger_folder_that_others_could_use_is_an_error(unsafe: str, settings
         f"PROMPORTS_LEDGER_DIR cannot be used: {'others may write to ' if unsafe == 'shared' else ''}{folder}"
         in message.msg
     )
+    _is_helpful(message)
+
+
+def test_a_ledger_folder_of_another_user_is_a_warning(settings: Settings, tmp_path: Path) -> None:
+    # The user who runs a command need not be the one who runs the workers.
+    folder = Path("/") if os.geteuid() else tmp_path / "ledgers"
+    if not os.geteuid():
+        folder.mkdir(mode=0o700)
+        os.chown(folder, 65534, -1)
+    settings.PROMPORTS_LEDGER_DIR = folder
+
+    (message,) = checks.check_settings()
+
+    assert message.id == "promports.W004"
+    assert f"{folder} belongs to user" in message.msg
     _is_helpful(message)
 
 

@@ -152,9 +152,8 @@ def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., S
     def find(loop: Loop) -> Steps[bytes]:
         asked.set()
         found.append(1)
-        while len(served.endpoint._finding_for) < 5:
-            loop.resume(loop.current())
-            yield None
+        while len(loop._flights["/targets"].passengers) < 5:
+            yield from loop.give_way()
         return b'[{"targets": []}]'
 
     served = serve(find_targets=find)
@@ -260,6 +259,25 @@ def test_the_oldest_unfinished_connection_makes_room_for_a_newcomer(serve: Calla
         crowd[1].setblocking(False)
         with pytest.raises(BlockingIOError):
             crowd[1].recv(1)
+
+
+def test_a_burst_beyond_the_limit_leaves_no_connection_behind(serve: Callable[..., Served]) -> None:
+    served = serve()
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack:
+        served.endpoint.pause()  # so that all of them are there at once
+        crowd = []
+        for _ in range(3 * MAX_CONNECTIONS // 2):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", served.port))
+            crowd.append(sock)
+        served.endpoint.unpause()
+
+        assert served.ask(seconds=5)[0] == 200
+        assert len(os.listdir("/proc/self/fd")) <= before + len(crowd) + MAX_CONNECTIONS
+        assert len(served.endpoint._connections) <= MAX_CONNECTIONS
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "all descriptors are closed", 5)
 
 
 def test_a_peer_that_never_reads_its_answer_holds_up_nobody(

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,7 +199,7 @@ def test_what_a_preloading_master_counts_is_exported_once(ledgers: str, free_por
         "from demo_site.wsgi import application\n"
         "LOADED.inc(4)\n"
     )
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DEMO_LEDGER_DIR": ledgers and str(tmp_path / ledgers)}
+    env: dict[str, Any] = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DEMO_LEDGER_DIR": ledgers and str(tmp_path / ledgers)}
     with gunicorn(tmp_path, free_ports, "--preload", "counting", **env) as site:
         site.wait_for_workers()
         at_first = site.total("loaded_total")

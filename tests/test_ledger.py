@@ -239,13 +239,13 @@ print(shared[MADE], shared[FORGOTTEN])
 
 
 def test_a_writer_killed_at_any_instant_loses_at_most_what_is_in_flight(path: Path) -> None:
-    done = run_python(KILL, str(path), "250", str(random.randrange(2**32)))
+    done = run_python(KILL, str(path), "120", str(random.randrange(2**32)))
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     made, forgotten = map(int, done.stdout.split())
-    assert made > 250
-    assert forgotten > 100
+    assert made > 120
+    assert forgotten > 40
     assert not aside(path).exists()
 
 
@@ -383,13 +383,13 @@ _positions = st.one_of(
 )
 _lengths = st.one_of(st.integers(1, 64), st.integers(1, SMALL_SIZE))
 _scrambles = st.tuples(st.just("scramble"), _positions, st.binary(min_size=1, max_size=64))
-_tears = st.tuples(st.just("tear"), _positions, _lengths.map(bytes))
-_truncations = st.tuples(st.just("truncate"), st.integers(1, SMALL_SIZE - 1), st.just(b""))
+_tears = st.tuples(st.just("tear"), _positions, _lengths)
+_truncations = st.tuples(st.just("truncate"), st.integers(1, SMALL_SIZE - 1), st.just(0))
 _appendices = st.tuples(st.just("append"), st.just(0), st.binary(min_size=1, max_size=64))
 
 
 @settings(
-    max_examples=600,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     database=None,
@@ -400,7 +400,11 @@ _appendices = st.tuples(st.just("append"), st.just(0), st.binary(min_size=1, max
     damages=st.lists(st.one_of(_scrambles, _tears, _truncations, _appendices), min_size=1, max_size=3),
 )
 def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
-    sealed: bool, damages: list[tuple[str, int, bytes]], small: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sealed: bool,
+    damages: list[tuple[str, int, bytes | int]],
+    small: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = tmp_path / "19100.ledger"
     for former in tmp_path.iterdir():
@@ -413,9 +417,10 @@ def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
         if what == "truncate":
             content = content[:position]
         elif what == "append":
-            content += data
+            content += bytes(data)
         else:
-            content = (content[:position] + data + content[position + len(data) :])[: len(content)]
+            written = data if isinstance(data, bytes) else bytes(data)
+            content = (content[:position] + written + content[position + len(written) :])[: len(content)]
     if not sealed and len(content) == len(whole):  # nothing tells whether the cells of a killed holder are right
         content = content[:CELLS_AT] + whole[CELLS_AT:SMALL_INDEX_AT] + content[SMALL_INDEX_AT:]
     path.write_bytes(content)
@@ -739,7 +744,7 @@ def test_the_time_of_the_scrape_survives_a_renewal(path: Path, clock: Clock) -> 
 
 def test_a_file_stays_small_under_changing_labels(path: Path, clock: Clock) -> None:
     sizes = []
-    for day in range(120):
+    for day in range(60):
         with opened(path) as ledger:
             family = ledger.add_family("seconds", "histogram", "Seconds.", "", ("path",), ("1.0", "+Inf"))
             for number in range(50):
@@ -749,14 +754,14 @@ def test_a_file_stays_small_under_changing_labels(path: Path, clock: Clock) -> N
         clock.now += 25 * HOUR
         sizes.append(path.stat().st_blocks * 512)
 
-    assert max(sizes[60:]) <= max(sizes[:60]) < 500_000
+    assert max(sizes[30:]) <= max(sizes[:30]) < 500_000
     with opened(path) as ledger:
-        assert read(ledger)["seconds", ("always",)] == [1.5, 120.0, 120.0, 0.0]
+        assert read(ledger)["seconds", ("always",)] == [1.5, 60.0, 60.0, 0.0]
 
 
 @pytest.mark.parametrize("how", ["idle", "forgotten"])
 def test_a_file_stays_small_though_a_series_comes_and_goes(how: str, path: Path, clock: Clock) -> None:
-    for day in range(600):
+    for day in range(450):
         with opened(path) as ledger:
             apples = add_counter(ledger)
             for number in range(10):
@@ -768,9 +773,9 @@ def test_a_file_stays_small_though_a_series_comes_and_goes(how: str, path: Path,
             ledger.note_scrape()
         clock.now += 25 * HOUR
 
-    assert path.stat().st_blocks * 512 < 250_000  # 600 / 3 records of 2000 bytes would be more
+    assert path.stat().st_blocks * 512 < 250_000  # 450 / 3 records of 2000 bytes would be more
     with opened(path) as ledger:
-        assert read(ledger)["apples", ("always 1",)] == [1.5, 600.0]
+        assert read(ledger)["apples", ("always 1",)] == [1.5, 450.0]
 
 
 @pytest.mark.parametrize(
