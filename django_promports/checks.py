@@ -38,6 +38,7 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
     ("E007", lambda: conf.server_tls(), "Give readable PEM files, the key where the certificate file has none."),
     ("E008", lambda: conf.read_token(), "Give a readable file that holds the token."),
     ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
+    ("E013", lambda: conf.PROMPORTS_CREATED_SERIES, "Use True or False."),
     ("E011", lambda: conf.PROMPORTS_LEDGER_DIR, "Use the path of a folder on tmpfs, like '/run/shop', or None."),
 ]
 

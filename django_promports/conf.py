@@ -49,6 +49,10 @@ class Conf:
         return value
 
     @property
+    def PROMPORTS_CREATED_SERIES(self) -> bool:
+        return self._typed("PROMPORTS_CREATED_SERIES", bool, True)
+
+    @property
     def PROMPORTS_LEDGER_DIR(self) -> Path | None:
         default = Path(tempfile.gettempdir(), f"django_promports-{os.geteuid()}-{self.project}")
         value = getattr(settings, "PROMPORTS_LEDGER_DIR", default)

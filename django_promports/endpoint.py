@@ -24,10 +24,11 @@ from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from time import sleep
 from typing import NamedTuple
+from urllib.parse import parse_qs
 
-from prometheus_client import REGISTRY, Counter, make_wsgi_app
-from prometheus_client.registry import Collector
+from prometheus_client import Counter
 
+from django_promports.exposition import Exposition
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
 
 logger = logging.getLogger("django_promports")
@@ -52,6 +53,9 @@ SCRAPES = Counter(
     "Scrapes of this process: served, failed (an error while answering), refused (malformed, unauthorized, too slow "
     "or one connection too many).",
     ["outcome"],
+)
+COLLECTOR_FAILURES = Counter(
+    "promports_collector_failures_total", "Times that a collector raised, and its metrics were missing from a scrape."
 )
 SERVED, FAILED, REFUSED = (SCRAPES.labels(outcome) for outcome in ("served", "failed", "refused"))
 
@@ -128,7 +132,7 @@ class Stage(IntEnum):
 class Endpoint:
     """Serves /metrics, /targets and / on a listening socket, from a thread, until stop().
 
-    registry: what /metrics shows. about: what / shows, by name. find_targets: a conversation that returns the
+    exposition: what /metrics shows. about: what / shows, by name. find_targets: a conversation that returns the
     http_sd document of /targets. tls: serve HTTPS. read_token: returns the bearer token to require, if any.
     """
 
@@ -138,14 +142,15 @@ class Endpoint:
         *,
         about: Callable[[], Mapping[str, object]],
         find_targets: Callable[[Loop], Steps[bytes]],
-        registry: Collector = REGISTRY,
+        exposition: Exposition,
         tls: ssl.SSLContext | None = None,
         read_token: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._about = about
         self._find_targets = find_targets
-        self._metrics_app = make_wsgi_app(registry)
+        self._exposition = exposition
+        self._rendering = False
         self._tls = tls
         self._read_token = read_token
         self._loop = Loop()
@@ -256,7 +261,7 @@ class Endpoint:
             if not self._is_authorized(request):
                 return _plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
             if request.route == "/metrics":
-                return self._scrape(request)
+                return (yield from self._scrape(request))
             if request.route == "/targets":
                 find = partial(self._find_targets, self._loop)  # asks every port of the range
                 return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
@@ -278,19 +283,35 @@ class Endpoint:
         scheme, _, given = request.header("Authorization").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
 
-    def _scrape(self, request: Request) -> Response:
-        environ = {
-            "REQUEST_METHOD": "GET",
-            "PATH_INFO": request.route,
-            "QUERY_STRING": request.query,
-            "HTTP_ACCEPT": request.header("Accept"),
-            "HTTP_ACCEPT_ENCODING": request.header("Accept-Encoding"),
-        }
-        headers: dict[str, str] = {}
-        body = b"".join(self._metrics_app(environ, lambda _status, pairs: headers.update(pairs)))
+    def _scrape(self, request: Request) -> Steps[Response]:
+        """Render the metrics, one render at a time; who asks for the same meanwhile shares it."""
+        accept, encoding = request.header("Accept"), request.header("Accept-Encoding")
+        names = tuple(parse_qs(request.query).get("name[]", ()))
+
+        def render() -> Steps[Response]:
+            while self._rendering:
+                yield from self._loop.give_way()
+            self._rendering = True
+            failures = self._exposition.failures
+            try:
+                steps = self._exposition.render(accept, encoding, names)
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        headers, body = end.value
+                        break
+                    yield from self._loop.give_way()
+            finally:
+                self._rendering = False
+                COLLECTOR_FAILURES.inc(self._exposition.failures - failures)
+            (_, content_type), *more = headers
+            return Response(200, content_type, body, tuple(more))
+
+        response = yield from self._loop.share((accept, encoding, names), render)
         self._failing = False
         SERVED.inc()
-        return Response(200, headers.pop("Content-Type"), body, tuple(headers.items()))
+        return response
 
     def _page(self, request: Request) -> Response:
         about = self._about()

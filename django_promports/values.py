@@ -33,6 +33,12 @@ Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an 
 # Where a value counts that has no cell, shared by all of them and never read.
 NOWHERE: Cells = array("d", [0.0] * (STATE + 1))
 KINDS = (Counter, Summary, Histogram)
+# What prometheus_client puts behind a metric's name.
+SUFFIXES = {
+    "counter": ("", "_total", "_created"),
+    "summary": ("", "_count", "_sum", "_created"),
+    "histogram": ("", "_bucket", "_count", "_sum", "_created"),
+}
 
 
 class CellValue:
@@ -247,8 +253,11 @@ class Book:
 
         metric.remove, metric.remove_by_labels, metric.clear = remove, remove_by_labels, clear
 
-    def _forget(self, name: str, labelvalues: Labels) -> None:
-        self._unmade.get(name, {}).pop(labelvalues, None)
+    def _forget(self, name: str, labelvalues: Labels | None = None) -> None:
+        if labelvalues is None:
+            self._unmade.pop(name, None)
+        else:
+            self._unmade.get(name, {}).pop(labelvalues, None)
         try:
             if self.ledger is not None and (family := self.ledger.families.get(name)):
                 self.ledger.forget(family, labelvalues)
@@ -310,21 +319,25 @@ class Book:
     def _make_way(self, collector: Collector) -> None:
         """Forget the series of a counter whose name something else has taken."""
         with self._lock:
-            for name in self.registry._collector_to_names.get(collector, ()):
-                if self.ledger is not None and self._unmade.pop(name, {}):
+            names = set(self.registry._collector_to_names.get(collector, ()))
+            for name, family in list(self.ledger.families.items()) if self.ledger is not None else ():
+                if self._unmade.get(name) and names & {name + suffix for suffix in SUFFIXES[family.type]}:
                     logger.warning("%s is no counter, summary or histogram any more; its counts are forgotten.", name)
-                    self.ledger.forget(self.ledger.families[name])
+                    self._forget(name)
 
     def _abandon(self, collector: Any) -> None:
         """Forget a collector that was unregistered; it counts on in memory."""
         if isinstance(collector, KINDS):
+            if collector._labelnames:
+                with collector._lock:
+                    collector._metrics = dict(collector._metrics)
+                    for name in ("remove", "remove_by_labels", "clear"):
+                        vars(collector).pop(name, None)
             for child in _list_children(collector):
                 self.forget_child(collector, tuple(child._labelvalues), child)
             with self._lock:
-                family = self._families.pop(collector._name, None)
-                self._unmade.pop(collector._name, None)
-                if self.ledger is not None and family is not None:
-                    self.ledger.forget(family)
+                if self._families.pop(collector._name, None) is not None:
+                    self._forget(collector._name)
 
     def _install(self) -> None:
         """Hear of what is registered and unregistered from now on."""
@@ -347,15 +360,23 @@ class Book:
     def _merge(self, metrics: Iterable[Metric], names: frozenset[str] | None) -> Iterator[Metric]:
         with self._lock:
             ledger = self.ledger
-            unmade = {name: dict(series) for name, series in self._unmade.items() if series} if ledger else {}
+            unmade = {
+                name: (ledger.families[name], dict(series))
+                for name, series in self._unmade.items()
+                if ledger and series
+            }
         for metric in metrics:
             if ledger and metric.name in unmade:
-                family = ledger.families[metric.name]
-                metric.samples += _list_samples(ledger, family, unmade.pop(metric.name), names)
+                family, series = unmade.pop(metric.name)
+                if series != self._unmade.get(metric.name):  # some were made since
+                    made = {
+                        tuple(sample.labels.get(name, "") for name in family.labelnames) for sample in metric.samples
+                    }
+                    series = {labelvalues: first for labelvalues, first in series.items() if labelvalues not in made}
+                metric.samples += _list_samples(ledger, family, series, names)
             yield metric
-        for name, series in unmade.items():
-            if ledger and name not in self.registry._names_to_collectors:
-                family = ledger.families[name]
+        for name, (family, series) in unmade.items():
+            if ledger:
                 metric = Metric(name, family.help, family.type, family.unit)
                 metric.samples = _list_samples(ledger, family, series, names)
                 if metric.samples:

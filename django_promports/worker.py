@@ -28,6 +28,7 @@ from django_promports import ports, targets
 from django_promports.checks import LEDGER_FOLDER, check_settings
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
+from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.loop import Loop, Steps
 from django_promports.values import Book
@@ -179,7 +180,7 @@ def _serve(process: _Process, *, patient: bool) -> None:
             _book.open(ledger)
         endpoint = Endpoint(
             claim.listener,
-            registry=_book,
+            exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
             about=_describe(claim.port),
             find_targets=_find_targets,
             tls=conf.server_tls(),

@@ -23,9 +23,11 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
-from django_promports.endpoint import FAILED, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
+from django_promports.endpoint import COLLECTOR_FAILURES, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
+from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
 from django_promports.ports import claim
+from django_promports.values import Book
 from tests.servers import ROOT, wait_until
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -75,7 +77,7 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
         def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
             claimed = claim("127.0.0.1", free_ports)
             options = {"about": lambda: {"port": claimed.port, "pid": "<1>"}, "find_targets": find_targets} | options
-            endpoint = Endpoint(claimed.listener, registry=registry, **options)
+            endpoint = Endpoint(claimed.listener, exposition=Exposition(Book(registry)), **options)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -311,33 +313,82 @@ def test_a_peer_that_hangs_up_is_no_news(
     assert not caplog.records
 
 
-def test_a_scrape_that_fails_is_counted_and_logged_once(
+class Broken:
+    """A collector that raises until it is mended."""
+
+    broken = True
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        if self.broken:
+            raise RuntimeError("the kettle is empty")
+        yield GaugeMetricFamily("kettle", "Kettles.", 1)
+
+
+def test_a_collector_that_raises_costs_its_own_metrics_and_is_logged_once(
     serve: Callable[..., Served], registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken:
-        broken = True
-
-        def describe(self) -> list[Any]:
-            return []
-
-        def collect(self) -> Iterator[GaugeMetricFamily]:
-            if self.broken:
-                raise RuntimeError("the kettle is empty")
-            yield GaugeMetricFamily("kettle", "Kettles.", 1)
-
     broken = Broken()
     registry.register(broken)
     served = serve()
-    failed, answered = FAILED._value.get(), SERVED._value.get()
+    failures, answered = COLLECTOR_FAILURES._value.get(), SERVED._value.get()
 
-    statuses = [served.ask()[0] for _ in range(3)]
+    bodies = [served.ask()[2] for _ in range(3)]
 
-    assert statuses == [500] * 3
-    assert FAILED._value.get() == failed + 3
+    assert all(b"pears_total 0.5" in body and b"kettle" not in body for body in bodies)
+    assert COLLECTOR_FAILURES._value.get() == failures + 3
+    assert SERVED._value.get() == answered + 3
     assert [record.exc_info is not None for record in caplog.records] == [True]
     broken.broken = False
+    assert b"kettle 1.0" in served.ask()[2]
+
+
+def test_a_scrape_that_fails_is_counted_and_logged_once(
+    serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    def describe() -> dict[str, object]:
+        raise RuntimeError("no")
+
+    served = serve(about=describe)
+
+    statuses = [served.ask("/")[0] for _ in range(3)]
+
+    assert statuses == [500] * 3
+    assert [record.exc_info is not None for record in caplog.records] == [True]
     assert served.ask()[0] == 200
-    assert SERVED._value.get() == answered + 1
+
+
+def test_scrapes_share_a_render_if_they_ask_for_the_same(
+    serve: Callable[..., Served], registry: CollectorRegistry
+) -> None:
+    collected = []
+    all_asked = threading.Event()
+
+    class Slow:
+        def describe(self) -> list[Any]:
+            return []
+
+        def collect(self) -> list[GaugeMetricFamily]:
+            collected.append(1)
+            return [GaugeMetricFamily(f"slow_{i}", "Slow.", 1) for i in range(2000 if not all_asked.is_set() else 1)]
+
+    registry.register(Slow())
+    served = serve()
+    answers: list[bytes] = []
+    crowd = [threading.Thread(target=lambda: answers.append(served.ask()[2])) for _ in range(8)]
+    served.endpoint.pause()
+    for thread in crowd:
+        thread.start()
+    wait_until(lambda: sum(thread.is_alive() for thread in crowd) == 8, "all are on their way")
+    served.endpoint.unpause()
+    for thread in crowd:
+        thread.join()
+
+    assert len(answers) == 8
+    assert len(collected) < 8
+    assert len(set(answers)) == 1
 
 
 def test_without_the_token_nothing_is_served(serve: Callable[..., Served]) -> None:
@@ -425,12 +476,13 @@ def test_the_endpoint_survives_a_process_without_file_descriptors() -> None:
     script = """
 import os, resource, socket, urllib.request
 from django_promports.endpoint import Endpoint
-from django_promports.ports import claim
+from django_promports.exposition import Exposition
+from django_promports.values import Book
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
-Endpoint(listener, about=dict, find_targets=None).start()
+Endpoint(listener, about=dict, find_targets=None, exposition=Exposition(Book())).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted

@@ -51,17 +51,18 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
 
         out, err = call("show_targets")
 
-    milliseconds = re.compile(r" *\d+\.\d ms")
-    lines = [milliseconds.sub("  # ms", line) for line in out.splitlines()]
-    assert milliseconds.search(out)
-    assert lines[0].split() == ["port", "state", "pid", "command", "uptime", "series", "scrape"]
-    assert lines[1:] == [
-        f"{free_ports[0]}  live   4711  gunicorn     8 s       3  # ms",
-        f"{free_ports[1]}  other     -  -              -       -       -",
-        f"{free_ports[2]}  other     -  -              -       -       -",
-        f"{free_ports[3]}  live      -  -              -       0  # ms",
-        f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}.",
+    *table, summary = out.splitlines()
+    cells = [re.split(" {2,}", re.sub(r"\d+\.\d ms", "# ms", line.strip())) for line in table]
+    assert cells == [
+        ["port", "state", "pid", "command", "uptime", "series", "scrape"],
+        [str(free_ports[0]), "live", "4711", "gunicorn", "8 s", "3", "# ms"],
+        [str(free_ports[1]), "other", "-", "-", "-", "-", "-"],
+        [str(free_ports[2]), "other", "-", "-", "-", "-", "-"],
+        [str(free_ports[3]), "live", "-", "-", "-", "0", "# ms"],
     ]
+    assert summary == f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}."
+    # The columns are aligned, and the last one stands right.
+    assert len({len(line) for line in table}) == 1
     assert err == ""
 
 

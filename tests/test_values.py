@@ -138,9 +138,7 @@ def test_the_next_process_goes_on_with_the_same_numbers(
 ) -> None:
     seen: list[Samples] = []
     for _ in range(3):
-        metrics: list[Any] = []
-        with processes(before=(lambda registry: metrics.append(make(registry))) if early else None) as process:
-            metric = metrics[0] if early else make(process.registry)
+        with begin_with(make, early, processes) as (process, metric):
             if seen:
                 assert process.samples() == seen[-1]
             work(metric, "x", "y")
@@ -165,6 +163,16 @@ def test_what_was_counted_before_the_ledger_is_open_is_added_to_it(
     assert {name: value for name, value in last.items() if "_created" not in name} == pytest.approx(
         expected_after(make, ("x", "y"), ("x", "y"))
     )
+
+
+@contextlib.contextmanager
+def begin_with(
+    make: Callable[[CollectorRegistry], Any], early: bool, processes: Begin
+) -> Iterator[tuple[Process, Any]]:
+    """Begin a process that makes a metric, early: before it opens the ledger."""
+    metrics: list[Any] = []
+    with processes(before=(lambda registry: metrics.append(make(registry))) if early else None) as process:
+        yield process, metrics[0] if early else make(process.registry)
 
 
 def make_all(registry: CollectorRegistry) -> list[Any]:
@@ -247,7 +255,7 @@ def test_all_else_is_as_without_a_ledger(processes: Begin) -> None:
         return b""
 
     def normalise(text: bytes) -> bytes:
-        return re.sub(rb"\d{10}\.\d+|\d\.\d+e-0\d|seconds_sum .*", b"TIME", text)
+        return re.sub(rb"\d{10}\.\d+|\d\.\d+e[-+]0\d|seconds_sum .*", b"TIME", text)
 
     plain = CollectorRegistry(auto_describe=True)
     use(plain)
@@ -367,9 +375,7 @@ def test_what_is_unregistered_is_gone_here_and_in_the_next_process(
         metric = make(process.registry)
         work(metric, "x", "y")
 
-    metrics: list[Any] = []
-    with processes(before=(lambda registry: metrics.append(make(registry))) if early else None) as process:
-        metric = metrics[0] if early else make(process.registry)
+    with begin_with(make, early, processes) as (process, metric):
         work(metric, "x")
         process.registry.unregister(metric)
         work(metric, "x", "z")  # somebody who still has it
@@ -452,9 +458,7 @@ def test_a_metric_of_another_shape_begins_at_zero(
     with processes() as process:
         work(make_histogram(process.registry))
 
-    metrics: list[Any] = []
-    with processes(before=(lambda registry: metrics.append(make(registry))) if early else None) as process:
-        metric = metrics[0] if early else make(process.registry)
+    with begin_with(make, early, processes) as (process, metric):
         assert errors(caplog) == ["job_seconds has other labels or buckets than before; its counts begin at zero."]
         assert set(samples(process.book, created=False).values()) <= {0.0}
         work(metric, "x")
@@ -543,27 +547,21 @@ def test_children_made_in_eight_threads_are_counted_once_and_always_served(proce
         for kind in kinds:
             counter.labels(kind, "x").inc(1000)
     with processes() as process:
-        done = threading.Event()
-        makers = 7
+        finished: list[int] = []
 
         def make(number: int) -> None:
-            nonlocal makers
             try:
-                metric = process.registry._names_to_collectors.get("jobs")
-                while metric is None:
-                    time.sleep(0)
-                    metric = process.registry._names_to_collectors.get("jobs")
+                wait_until(lambda: "jobs" in process.registry._names_to_collectors, "the metric is made")
+                metric: Any = process.registry._names_to_collectors["jobs"]
                 for kind in kinds[number:] + kinds[:number]:
-                    metric.labels(kind, "x").inc()  # type: ignore[attr-defined]
+                    metric.labels(kind, "x").inc()
                     time.sleep(0)
             finally:
-                makers -= 1
-                if makers == 0:
-                    done.set()
+                finished.append(number)
 
         def scrape() -> None:
             make_labelled_counter(process.registry)
-            while not done.is_set():
+            while len(finished) < 7:
                 names = [
                     (sample.name, *sample.labels.values())
                     for metric in process.book.collect()
@@ -572,7 +570,7 @@ def test_children_made_in_eight_threads_are_counted_once_and_always_served(proce
                 assert len(names) == 2 * len(kinds)
                 assert len(set(names)) == len(names)
 
-        run_threads([*(lambda number=number: make(number) for number in range(7)), scrape])  # type: ignore[misc]
+        run_threads([*(lambda number=number: make(number) for number in range(7)), scrape])
 
         assert set(samples(process.book, created=False).values()) == {1007.0}
     with processes() as process:
@@ -586,14 +584,15 @@ def test_a_series_is_never_served_twice_while_its_metric_is_made(processes: Begi
     with processes() as process:
         collecting = process.registry.collect
 
-        def collect_slowly() -> Iterable[Any]:
+        def collect_slowly() -> Iterator[Any]:
             make_counter(process.registry).inc()  # as if in another thread, in the middle of the scrape
-            return collecting()
+            yield from collecting()
 
         process.registry.collect = collect_slowly  # type: ignore[method-assign]
 
-        found = [sample.name for metric in process.book.collect() for sample in metric.samples]
-    assert sorted(found) == ["jobs_created", "jobs_total"]
+        found = [(sample.name, sample.value) for metric in process.book.collect() for sample in metric.samples]
+    assert [name for name, _ in sorted(found)] == ["jobs_created", "jobs_total"]
+    assert dict(found)["jobs_total"] == 6
 
 
 def test_increments_while_the_ledger_opens_and_closes_are_counted_exactly_once(tmp_path: Path) -> None:
@@ -624,7 +623,7 @@ def test_increments_while_the_ledger_opens_and_closes_are_counted_exactly_once(t
         finally:
             opening.set()
 
-    run_threads([*(lambda number=number: increment(number) for number in range(8)), open_and_close])  # type: ignore[misc]
+    run_threads([*(lambda number=number: increment(number) for number in range(8)), open_and_close])
 
     process.open()
     found = samples(process.book, created=False)
@@ -689,15 +688,7 @@ def test_values_of_another_class_stay_in_memory(
         here = samples(process.book, created=False)
 
     assert len(errors(caplog)) == 1
-    assert (
-        here
-        == expected_after(
-            lambda registry: (
-                (make_summary(registry), make_histogram(registry), make_labelled_counter(registry)) and None
-            )
-        )
-        or here["size_bytes_count"] == here["job_seconds_count"] == 4
-    )
+    assert here["size_bytes_count"] == here["job_seconds_count"] == 4
     assert here['jobs_total{kind="x",state="z"}'] == 1
     with processes() as process:
         assert samples(process.book, created=False) == {'jobs_total{kind="x",state="y"}': 1.0}
@@ -800,7 +791,7 @@ def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> N
 
 # A process with four threads that count forks again and again; each child counts too, and must leave the ledger alone.
 FORKED_CHILDREN = """
-import os, sys, threading, time
+import faulthandler, os, sys, threading, time
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from django_promports.ledger import Ledger, LedgerLocked
@@ -812,10 +803,11 @@ counter = Counter("events", "Events.", ["thread"], registry=registry)
 histogram = Histogram("seconds", "Seconds.", registry=registry)
 book = Book(registry)
 book.open(Ledger(path, "site"))
-counted, stopping = [0] * 4, False
+counted, stopping, going = [0] * 4, False, threading.Event()
 
 def work(number):
     while not stopping:
+        going.wait()
         counter.labels(str(number)).inc()
         counter.labels(f"{number} {counted[number] % 20}").inc()
         histogram.observe(1)
@@ -824,17 +816,18 @@ def work(number):
 threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
 for thread in threads:
     thread.start()
-sys.setswitchinterval(1e-5)
+sys.setswitchinterval(1e-4)
 failed = 0
 for fork in range(200):
-    pid = os.fork()
+    going.set()
+    time.sleep(0.002)
+    pid = os.fork()    # in the middle of something, most times
     if pid == 0:
-        import faulthandler
         faulthandler.dump_traceback_later(20, exit=True)
         try:
             book.begin_in_child(keep=False)
-            before = {line for line in generate_latest(book).decode().splitlines() if "_total" in line}
-            assert all(line.endswith(" 0.0") for line in before), before
+            before = {line for line in generate_latest(book).decode().splitlines() if line.startswith("events_total")}
+            assert all(line.endswith(" 0.0") for line in before), "numbers of the parent"
             for number in range(4):
                 counter.labels(str(number)).inc(1e6)
                 counter.labels(f"new {fork}").inc(1e6)
@@ -847,8 +840,10 @@ for fork in range(200):
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
+    going.clear()
     failed += os.waitpid(pid, 0)[1] != 0
 stopping = True
+going.set()
 for thread in threads:
     thread.join()
 book.close()
@@ -902,14 +897,14 @@ count(10)
 for fork in range(forks):
     count(100)
     book.close()    # the first time: it lets its port go before it forks; later it has none
-    count(1000)
+    count(200)
     pid = os.fork()
     if pid == 0:
         try:
             book.begin_in_child(keep=True)
-            count(10000)
+            count(300)
             book.open(Ledger(folder / f"{fork}.ledger", "site"))
-            count(20000)
+            count(400)
             if fork % 2:
                 book.close()
         except BaseException as error:
@@ -928,7 +923,7 @@ for path in folder.glob("*.ledger"):
         for sample in metric.samples:
             found[sample.name] = found.get(sample.name, 0) + sample.value
     book.close()
-expected = 3 + 10 + 7 + forks * (100 + 1000 + 10000 + 20000)
+expected = 3 + 10 + 7 + forks * (100 + 200 + 300 + 400)
 for name in ("events_total", "plain_total", "seconds_count", "seconds_sum"):
     print(name, found[name] - expected)
 """
@@ -938,10 +933,9 @@ def test_what_a_master_counts_is_counted_once_over_its_children(tmp_path: Path) 
     done = run_python(MASTER, str(tmp_path))
 
     assert done.stderr == ""
-    assert done.stdout.split() == ["events_total", "0.0", "plain_total", "0.0", "seconds_count", "0.0"] + [
-        "seconds_sum",
-        "0.0",
-    ]
+    assert done.stdout == "".join(
+        f"{name} 0.0\n" for name in ("events_total", "plain_total", "seconds_count", "seconds_sum")
+    )
 
 
 def test_cells_hold_what_the_metric_says(processes: Begin) -> None:

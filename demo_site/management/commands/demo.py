@@ -110,6 +110,7 @@ class Command(BaseCommand):
             "DEMO_DATABASE": str(self.folder / "demo.sqlite3"),
             "DEMO_PORT_RANGE": format_ports(self.ports),
             # Nothing that another run left in the usual places may be counted, nor another site's be overwritten.
+            "DEMO_LEDGER_DIR": str(self.folder / "ledgers"),
             "TMPDIR": str(self.folder),
             "XDG_RUNTIME_DIR": str(self.folder),
         }
