@@ -378,13 +378,18 @@ class Exposition:
             body.write(form.encode(registry._target_info_metric()))
         done: dict[Any, _Family | None] = {}
         shown: set[str] = set()  # metrics whose unmade series are out
-        # A metric that is made meanwhile takes its series over from the ledger, and has to show them itself.
-        while collectors := self._list_collectors(registry, names, done):
+        while True:
+            # In this order: a metric that is made in between has its series in one of the two.
+            unmade = {name: self._list_unmade(name) for name in list(self._book._unmade) if name not in shown}
+            collectors = self._list_collectors(registry, names, done)
+            if not collectors:
+                break
             for collector in collectors:
                 yield from turn.rest()
                 done[collector] = yield from self._expose_collector(form, body, turn, collector, shown, names)
-        for name in [name for name in list(self._book._unmade) if name not in registry._names_to_collectors]:
-            done[name] = yield from self._expose_unmade(form, body, turn, name, shown, names)
+        for name, series in unmade.items():
+            if series:
+                done[name] = yield from self._expose_unmade(form, body, turn, name, series, names)
         body.write(form.end)
         if not names:
             form.families = {key: family for key, family in done.items() if family is not None}
@@ -419,13 +424,17 @@ class Exposition:
                     family.sections = None
                     self._warn(collector)
         try:
-            pieces = []
+            pieces: list[bytes] = []
+            known = self._book.registry._collector_to_names.get(collector, ())
+            unmade = {name: series for name in known if name not in shown and (series := self._list_unmade(name))}
             for metric in list(collector.collect()):
                 if names:
                     metric = metric._restricted_metric(names)
                     if not metric:
                         continue
-                yield from self._encode(form, turn, self._complete(metric, shown, names), pieces)
+                shown.add(metric.name)
+                metric = self._complete(metric, unmade.pop(metric.name, []), names)
+                yield from self._encode(form, turn, metric, pieces)
             for piece in pieces:
                 body.write(piece)
                 yield from turn.rest()
@@ -437,11 +446,11 @@ class Exposition:
         return family
 
     def _expose_unmade(
-        self, form: _Form, body: _Body, turn: _Turn, name: str, shown: set[str], names: frozenset[str]
+        self, form: _Form, body: _Body, turn: _Turn, name: str, series: list[Any], names: frozenset[str]
     ) -> Steps:
         """Expose a metric that only the ledger has."""
         ledger = self._book.ledger
-        if ledger is None or name in shown or not (series := self._list_unmade(name)):
+        if ledger is None:
             return None
         kept = ledger.families[name]
         metric = Metric(name, kept.help, kept.type, kept.unit)
@@ -454,7 +463,7 @@ class Exposition:
                 yield from self._expose_family(form, body, turn, family, stand_in, [], series)
                 return family
         pieces: list[bytes] = []
-        metric = self._complete(metric, shown, names)
+        metric = self._complete(metric, series, names)
         if metric.samples:
             yield from self._encode(form, turn, metric, pieces)
         for piece in pieces:
@@ -636,12 +645,13 @@ class Exposition:
         block.plain = b"".join(rows)
         block.state, block.created = state, created
 
-    def _complete(self, metric: Metric, shown: set[str], names: frozenset[str]) -> Metric:
-        """Add the series that only the ledger has, and leave _created out if it is not wanted."""
-        ledger = self._book.ledger
-        if ledger is not None and metric.name not in shown and (series := self._list_unmade(metric.name)):
-            shown.add(metric.name)
-            samples = _list_samples(ledger, ledger.families[metric.name], dict(series), names or None)
+    def _complete(self, metric: Metric, unmade: list[Any], names: frozenset[str]) -> Metric:
+        """Add series that only the ledger has, and leave _created out if it is not wanted."""
+        if self._book.ledger is not None and unmade:
+            family = self._book.ledger.families[metric.name]
+            made = {tuple(sample.labels.get(name, "") for name in family.labelnames) for sample in metric.samples}
+            series = {labelvalues: first for labelvalues, first in unmade if labelvalues not in made}
+            samples = _list_samples(self._book.ledger, family, series, names or None)
             metric, metric.samples = copy.copy(metric), metric.samples + samples
         return self._without_created(metric)
 

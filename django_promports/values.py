@@ -269,11 +269,17 @@ class Book:
         if not values:
             raise TypeError("its values are not known")
         family = self._find_family(ledger, metric)
-        first = self._unmade.get(family.name, {}).pop(labelvalues, None)
+        unmade = self._unmade.get(family.name, {})
+        first = unmade.pop(labelvalues, None)
         if first is None:
             first = ledger.add_series(family, labelvalues, child._created)
         else:
             child._created = ledger.cells[first]
+            # The label values as the metric has them: one copy in memory is enough.
+            del family.series[labelvalues]
+            family.series[labelvalues] = first
+            if not unmade:
+                del self._unmade[family.name]
         attached = [_replace(value) for value in values]
         for index, value in enumerate(attached, first + STATE):
             value.attach(ledger.cells, index)

@@ -18,7 +18,9 @@ from prometheus_client import CollectorRegistry
 from django_promports import ports
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
+from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
+from django_promports.values import Book
 from tests.servers import ROOT
 
 # For root a read-only folder is writable and no port is privileged.
@@ -62,7 +64,7 @@ def endpoint(
         claim.listener,
         about=lambda: described,
         find_targets=_find_none,
-        registry=registry or CollectorRegistry(),
+        exposition=Exposition(Book(registry or CollectorRegistry())),
         tls=tls,
         read_token=lambda: token,
     )

@@ -66,6 +66,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMPORTS_BEARER_TOKEN_FILE": 8}, ["E008"]),
     ({"PROMPORTS_ENABLED": "no"}, ["E009"]),
     ({"PROMPORTS_ENABLED": None}, ["E009"]),
+    ({"PROMPORTS_CREATED_SERIES": "no"}, ["E013"]),
     ({"PROMPORTS_LEDGER_DIR": "ledgers"}, ["E011"]),
     ({"PROMPORTS_LEDGER_DIR": ""}, ["E011"]),
     ({"PROMPORTS_LEDGER_DIR": 8}, ["E011"]),

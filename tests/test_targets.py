@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import trustme
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -67,6 +67,8 @@ groups_of_targets = st.lists(
     ),
     max_size=3,
 )
+# The same examples each time, and no complaint about a slow machine.
+quietly = hypothesis_settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_only_ipv6_addresses_need_brackets(host: str, target: str) -> None:
 
 
 @given(st.ip_addresses(v=6) | st.ip_addresses(v=4))
-@hypothesis_settings(derandomize=True, deadline=None)
+@quietly
 def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address | IPv6Address) -> None:
     host = str(address)
 
@@ -172,7 +174,7 @@ def test_targets_are_one_group_or_one_for_each_worker(
 
 
 @given(groups_of_targets)
-@hypothesis_settings(derandomize=True, deadline=None)
+@quietly
 def test_yaml_and_json_say_the_same(groups: list[TargetGroup]) -> None:
     assert json.loads(targets.dump_json(groups)) == groups
     # Prometheus reads a group without labels as one with none.

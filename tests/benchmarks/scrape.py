@@ -1,0 +1,158 @@
+"""What a scrape costs the worker: prometheus_client's WSGI app and django_promports, on one registry, in turns.
+
+    python -m tests.benchmarks.scrape [samples...]
+
+The registry is shaped like django-prometheus' and asked for as Prometheus asks, in OpenMetrics and gzip. Times are
+CPU time of the thread that scrapes, ratios are medians over interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+from django_promports.exposition import Exposition
+from django_promports.values import Book
+
+ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+# django-prometheus' own.
+SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 25.0, 50.0, 75.0, float("inf"))
+SIZES = tuple(float(2**n) for n in range(30))
+CHANGES = {"every child": 1.0, "10 % of children": 0.1, "none": 0.0}
+TARGETS = {"every child": 25, "10 % of children": 50, "none": 60}
+
+
+def build(samples: int) -> tuple[CollectorRegistry, list[Any]]:
+    """Return a registry with about so many samples, seven of eight of them in histograms, and its children."""
+    registry = CollectorRegistry()
+    children: list[Any] = []
+    for when in ("before", "after"):
+        children.append(Counter(f"django_http_requests_{when}_middlewares_total", "Requests.", registry=registry))
+    children.append(Histogram("django_http_requests_body_total_bytes", "Size.", registry=registry, buckets=SIZES))
+    children.append(Gauge("django_http_requests_in_progress", "Requests that run.", registry=registry))
+    latency = Histogram(
+        "django_http_requests_latency_seconds_by_view_method",
+        "Histogram of request processing time labelled by view.",
+        ["view", "method"],
+        registry=registry,
+        buckets=SECONDS,
+    )
+    responses = Counter(
+        "django_http_responses_total_by_status_view_method",
+        "Count of responses by status, view, method.",
+        ["status", "view", "method"],
+        registry=registry,
+    )
+    # A view has 20 samples of latency and, at most, 4 of responses.
+    for i in range(round(samples / 23)):
+        view, method = f"app{i % 20}:view-name-{i}", ("GET", "POST")[i % 2]
+        children.append(latency.labels(view, method))
+        children += [responses.labels(status, view, method) for status in ("200", "404")[: 1 + i % 2]]
+    return registry, children
+
+
+def touch(child: Any, chance: random.Random) -> None:
+    if isinstance(child, Histogram):
+        child.observe(chance.expovariate(3))
+    else:
+        child.inc()
+
+
+def render(exposition: Exposition) -> tuple[bytes, float, float]:
+    """Return the body, the CPU seconds that it took, and the longest turn between two yields."""
+    steps = exposition.render(ACCEPT, "gzip", [])
+    longest = total = 0.0
+    while True:
+        begin = time.thread_time()
+        try:
+            next(steps)
+        except StopIteration as stop:
+            turn = time.thread_time() - begin
+            _, body = stop.value
+            return body, total + turn, max(longest, turn)
+        turn = time.thread_time() - begin
+        total, longest = total + turn, max(longest, turn)
+
+
+def take_time(call: Callable[[], object]) -> float:
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin
+
+
+def measure_cache(samples: int) -> float:
+    """Return the bytes per sample that an exposition keeps after some scrapes."""
+    registry, children = build(samples)
+    chance = random.Random(2)
+    exposition = Exposition(Book(registry))
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            for child in children:
+                touch(child, chance)
+            gc.collect()
+            render(exposition)
+        kept = tracemalloc.get_traced_memory()[0]
+        exposition._forms.clear()
+        gc.collect()
+        return (kept - tracemalloc.get_traced_memory()[0]) / count_samples(registry)
+    finally:
+        tracemalloc.stop()
+
+
+def count_samples(registry: CollectorRegistry) -> int:
+    return sum(len(metric.samples) for metric in registry.collect())
+
+
+def main(sizes: list[int]) -> None:
+    write = sys.stdout.write
+    write("| samples | changed | prometheus_client | django_promports | cheaper | wanted | longest turn | cache |\n")
+    write("|--:|---|--:|--:|--:|--:|--:|--:|\n")
+    for size in sizes:
+        registry, children = build(size)
+        chance = random.Random(1)
+        for child in children:
+            for _ in range(30):
+                touch(child, chance)
+        samples = count_samples(registry)
+        app = make_wsgi_app(registry)
+        exposition = Exposition(Book(registry))
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_ACCEPT": ACCEPT, "HTTP_ACCEPT_ENCODING": "gzip"}
+        _, first, first_turn = render(exposition)
+        cache = measure_cache(size)
+        rounds = max(3, min(15, 150_000 // size))
+        results: dict[str, list[tuple[float, float, float]]] = {change: [] for change in CHANGES}
+        for _ in range(rounds):
+            for change, share in CHANGES.items():
+                for child in children:
+                    if chance.random() < share:
+                        touch(child, chance)
+                theirs = take_time(lambda: app(environ, lambda status, headers: None))  # noqa: B023
+                _, ours, turn = render(exposition)
+                results[change].append((theirs, ours, turn))
+        for change, rows in results.items():
+            theirs, ours = median(row[0] for row in rows), median(row[1] for row in rows)
+            cheaper = median(row[0] / row[1] for row in rows)
+            turns = [row[2] for row in rows]
+            write(
+                f"| {samples:,} | {change} | {1e6 * theirs / samples:.1f} us | {1e6 * ours / samples:.3f} us"
+                f" | {cheaper:.0f} x | {TARGETS[change]} x | {1e3 * median(turns):.2f} ms (max {1e3 * max(turns):.2f})"
+                f" | {cache:.0f} B |\n"
+            )
+        write(
+            f"| {samples:,} | first scrape | | {1e6 * first / samples:.3f} us | | | {1e3 * first_turn:.2f} ms"
+            f" | {cache:.0f} B |\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or [1_000, 10_000, 100_000])
