@@ -13,7 +13,7 @@ import logging
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from threading import Lock
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ logger = logging.getLogger("django_promports")
 SLICE_SECONDS = 0.0005
 # Bytes of text that are kept, compared and compressed together. Smaller: compression begins anew more often; larger:
 # more is done again for one number that changed.
-BLOCK_BYTES = 8192
+BLOCK_BYTES = 16384
 # A piece of text smaller than this is compressed together with its neighbours.
 SMALL_BYTES = 2048
 # Two Prometheis may ask for two formats; a person's browser must not leave a third of everything behind for good.
@@ -65,7 +65,7 @@ class _Kind(NamedTuple):
 
 
 class _Counts(dict[float, bytes]):
-    """The texts of bucket counts: most buckets have the count of another one. -0.0 cannot occur, so 0.0 is no danger."""
+    """The texts of bucket counts: most buckets have the count of another one. None is -0.0, which equals 0.0."""
 
     def __missing__(self, count: float) -> bytes:
         if len(self) >= MAX_COUNTS:
@@ -77,7 +77,7 @@ class _Counts(dict[float, bytes]):
 def _text(number: Any) -> bytes:
     number = float(number)
     # Go's notation differs from Python's in large numbers only.
-    return (repr(number) if number < 1e6 and number != -INF else floatToGoString(number)).encode()
+    return (repr(number) if number < 1e6 and number != -INF else floatToGoString(number)).encode()  # type: ignore[no-untyped-call]
 
 
 INF = float("inf")
@@ -113,7 +113,12 @@ KINDS: dict[type, _Kind] = {
     Counter: _Kind(lambda cs: [c._value for c in cs], _fill_one, lambda child: child.inc(7), True),
     Gauge: _Kind(lambda cs: [c._value for c in cs], _fill_one, lambda child: child.set(7)),
     Summary: _Kind(lambda cs: [v for c in cs for v in (c._count, c._sum)], _fill_summaries, _observe),
-    Histogram: _Kind(lambda cs: [v for c in cs for v in (c._sum, *c._buckets)], _fill_histograms, _observe, True),
+    Histogram: _Kind(
+        lambda cs: [*chain.from_iterable([part for c in cs for part in ((c._sum,), c._buckets)])],
+        _fill_histograms,
+        _observe,
+        True,
+    ),
 }
 TYPES: dict[str, type] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
 # What makes a metric's samples; a class or an object that has its own is not the one this module knows.
@@ -123,13 +128,14 @@ METHODS = ("collect", "_samples", "_multi_samples", "_child_samples")
 class _Block:
     """Some children of a metric, in the metric's order."""
 
-    __slots__ = ("children", "created", "plain", "size", "state", "templates")
+    __slots__ = ("children", "created", "lengths", "plain", "size", "state", "templates")
 
     def __init__(self) -> None:
         self.children: list[Any] = []
         self.templates: list[bytes] = []
         self.size = 0
         self.plain = b""
+        self.lengths: list[int] = []  # of each child's part of it
         self.forget()
 
     def forget(self) -> None:
@@ -147,19 +153,18 @@ class _Made:
         self._function = type(collector)._child_samples
 
     def labels(self, child: Any) -> tuple[str, ...]:
-        if type(child) is not type(self.collector) or child._samples.__func__ is not type(child)._samples:
+        if type(child) is not type(self.collector) or child._child_samples.__func__ is not self._function:
             raise _Unknown
         if any(type(value) not in (MutexValue, CellValue) for value in self.kind.values([child])):
             raise _Unknown
         return tuple(child._labelvalues)
 
     def read(self, children: list[Any]) -> tuple[list[Any], list[Any]]:
-        for child in children:
-            if child._child_samples.__func__ is not self._function:  # Gauge.set_function()
-                raise _Unknown
         cells = self.kind.values(children)
         numbers: list[Any] = [value._value for value in cells]
         if self._signed:
+            if any(child._child_samples.__func__ is not self._function for child in children):  # set_function()
+                raise _Unknown
             # 0.0 equals -0.0 and does not look like it. Only gauges get there.
             numbers = [number or repr(number) for number in numbers]
         if self._with_exemplars:
@@ -375,7 +380,7 @@ class Exposition:
         if type(registry).collect is not CollectorRegistry.collect or "collect" in vars(registry):
             raise _Unknown
         if registry.get_target_info() and (not names or "target_info" in names):
-            body.write(form.encode(registry._target_info_metric()))
+            body.write(form.encode(registry._target_info_metric()))  # type: ignore[no-untyped-call]
         done: dict[Any, _Family | None] = {}
         shown: set[str] = set()  # metrics whose unmade series are out
         while True:
@@ -628,6 +633,7 @@ class Exposition:
         if state == block.state and created == block.created:
             return
         if created != block.created and block.created is not None:  # Counter.reset(), or the ledger's
+            block.state = None
             block.templates = [
                 section.make_template(source.labels(child), moment)
                 for child, moment in zip(children, created, strict=True)
@@ -639,11 +645,28 @@ class Exposition:
                 rows.append(form.encode(self._without_created(source.single(child)))[header:])
                 yield from turn.rest(0.0)
         elif section.slots:
-            rows = kind.fill(block.templates, numbers, section.slots, self._counts)
+            rows = self._fill(section, block, numbers, kind)
         else:
             rows = [template % () for template in block.templates]
-        block.plain = b"".join(rows)
+        block.plain, block.lengths = b"".join(rows), list(map(len, rows))
         block.state, block.created = state, created
+
+    def _fill(self, section: _Section, block: _Block, numbers: list[Any], kind: _Kind) -> list[bytes]:
+        """Return each child's lines, of which only those are made anew whose numbers changed."""
+        templates, state = block.templates, block.state
+        if state is None or len(state) != len(numbers):
+            return kind.fill(templates, numbers, section.slots, self._counts)
+        width = len(numbers) // len(templates)
+        begins = range(0, len(numbers), width)
+        changed = [i for i, at in enumerate(begins) if numbers[at : at + width] != state[at : at + width]]
+        if 2 * len(changed) > len(templates):
+            return kind.fill(templates, numbers, section.slots, self._counts)
+        rows = [block.plain[begin:end] for begin, end in pairwise(accumulate(block.lengths, initial=0))]
+        numbers = [number for i in changed for number in numbers[begins[i] : begins[i] + width]]
+        filled = kind.fill([templates[i] for i in changed], numbers, section.slots, self._counts)
+        for i, row in zip(changed, filled, strict=True):
+            rows[i] = row
+        return rows
 
     def _complete(self, metric: Metric, unmade: list[Any], names: frozenset[str]) -> Metric:
         """Add series that only the ledger has, and leave _created out if it is not wanted."""

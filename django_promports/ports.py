@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 # Prometheus closes its connection after a scrape that it gave up, and others ask too: a short queue is enough.
 BACKLOG = 128
+LISTEN_ATTEMPTS = 3
 # linux/in.h; not in Python's socket module. Binding checks the address but takes no port until connect().
 IP_BIND_ADDRESS_NO_PORT = 24
 
@@ -101,8 +102,17 @@ def claim(address: str, ports: Sequence[int]) -> Claim:
     everything that another port would not cure (an address that is not this machine's, a privileged port).
     """
     for port in ports:
-        family, target = resolve(address, port)
+        listener = _listen(*resolve(address, port))
+        if listener is not None:
+            return Claim(port, listener)
+    raise RangeFull(f"No free port in {format_ports(ports)} on {address}: {len(ports)} of {len(ports)} taken.")
+
+
+def _listen(family: socket.AddressFamily, target: tuple[Any, ...]) -> socket.socket | None:
+    """Return a socket that listens; None if the port is taken."""
+    for _ in range(LISTEN_ATTEMPTS):
         listener = socket.socket(family, socket.SOCK_STREAM)
+        bound = False
         try:
             # A restart must not wait for TIME_WAIT. SO_REUSEPORT stays off: two processes must never share a port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -111,15 +121,17 @@ def claim(address: str, ports: Sequence[int]) -> Claim:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.setblocking(False)
             listener.bind(target)
-            # Linux lets two SO_REUSEADDR sockets bind one port and tells the second only here.
+            bound = True
             listener.listen(BACKLOG)
+            return listener
         except OSError as error:
             listener.close()
             if error.errno != errno.EADDRINUSE:
                 raise
-        else:
-            return Claim(port, listener)
-    raise RangeFull(f"No free port in {format_ports(ports)} on {address}: {len(ports)} of {len(ports)} taken.")
+            if not bound:
+                return None
+            # Linux lets two SO_REUSEADDR sockets bind one port while neither listens, and then may refuse both.
+    return None
 
 
 def announce_waiting(ports: Sequence[int]) -> socket.socket | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import random
@@ -30,7 +31,6 @@ from django_promports.ledger import (
     Family,
     Ledger,
     LedgerFull,
-    LedgerLocked,
     check_folder,
     find_filesystem,
     make_folder,
@@ -203,7 +203,7 @@ def write():
         if first is None:
             first = ledger.add_series(family, labels, 1.0)
         for _ in range(5):
-            ledger.cells[first + STATE + 1] += 1
+            ledger.cells[first + STATE + 1] += 1.0
             shared[COUNTS + number] = int(ledger.cells[first + STATE + 1])
         shared[MADE] = number + 1
         if number - shared[FORGOTTEN] > 40:
@@ -224,6 +224,7 @@ for round in range(rounds):
     ledger, family = open_family()
     values = {int(labels[0]): ledger.cells[first + STATE + 1] for labels, first in family.series.items()}
     made, forgotten = shared[MADE], shared[FORGOTTEN]
+    assert all(ledger.cells[first] == 1.0 for first in family.series.values()), round
     assert set(values) <= set(range(forgotten, made + 1)), (round, forgotten, made, sorted(values))
     for number in range(forgotten, made + 1):
         if number not in values:
@@ -361,18 +362,41 @@ def test_a_holder_that_is_just_ending_is_waited_for(path: Path) -> None:
     ending.join(10)
 
 
-def test_whoever_waited_for_a_file_that_was_renewed_gets_the_new_one(path: Path, clock: Clock) -> None:
+def test_whoever_locked_a_file_that_was_just_renewed_opens_the_new_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with opened(path) as ledger:
-        count(ledger, add_counter(ledger), ("idle",))
-    waiting = os.open(path, os.O_RDWR)
+        count(ledger, add_counter(ledger), ("old",))
+    with opened(path.with_name("new")) as ledger:
+        count(ledger, add_counter(ledger), ("new",))
+    lock = fcntl.flock
 
-    _skip_a_day(path, clock)  # and renew it: all of it is idle
+    def lock_too_late(file: int, operation: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name("new").replace(path)
+        lock(file, operation)
+
+    # The moment between opening and locking is too short to be hit by another process.
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+
     with opened(path) as ledger:
-        assert not os.path.samestat(os.fstat(waiting), os.stat(path))
-        with pytest.raises(LedgerLocked):
-            Ledger(path, "site")
-        assert ledger.families == {}
-    os.close(waiting)
+        assert read(ledger) == {("apples", ("new",)): [1.5, 1.0]}
+
+
+def test_what_lies_behind_the_index_of_a_killed_holder_is_no_record(small: None, path: Path) -> None:
+    with opened(path, seal=False) as ledger:
+        fill(ledger)
+        end = ledger._index_end
+    with path.open("r+b") as file:
+        file.seek(end + ledger_module.RECORD.size)
+        file.write(b"\xff" * (SMALL_SIZE - file.tell()))
+
+    with opened(path, seal=False) as ledger:
+        count(ledger, ledger.families["apples"], ("new",))
+        expected = read(ledger)
+
+    with opened(path) as ledger:
+        assert read(ledger) == expected
 
 
 _positions = st.one_of(
@@ -598,16 +622,25 @@ for pages in [*range(40), 60, 80, 120]:
         except LedgerFull:
             continue
         assert values(ledger) == counted, pages
+        back = {}
         try:
             family = ledger.add_family("events", "counter", "Events.", "", ("number",), ())
+            for labels in list(family.series)[: len(family.series) // 2]:    # the next one has to renew the file
+                back["events", labels] = ledger.cells[family.series[labels] + STATE]    # if there is no room for that
+                ledger.forget(family, labels)
+                back = {}
             for number in range(10_000):
                 name = f"{attempt} {number}"
                 ledger.cells[ledger.add_series(family, (name,), 1.0) + STATE] = number
         except LedgerFull:
             pass
-        counted = values(ledger)
+        counted = values(ledger) | back
         ledger.close()
     taken.append(len(counted))
+    (folder / "filler").unlink()
+    ledger = Ledger(folder / "19100.ledger", "site")
+    assert values(ledger) == counted, pages
+    ledger.close()
     assert not list(folder.glob("*.damaged")), pages
     assert sum(path.stat().st_blocks for path in folder.glob(".*")) == 0, pages
 print(taken[0], taken[-1])

@@ -821,7 +821,11 @@ failed = 0
 for fork in range(200):
     going.set()
     time.sleep(0.002)
-    pid = os.fork()    # in the middle of something, most times
+    # In the middle of something, most times; and sometimes surely so.
+    held = [counter.labels("0")._value._lock, histogram._sum._lock, registry._lock] if fork % 20 == 0 else []
+    for lock in held:
+        lock.acquire()
+    pid = os.fork()
     if pid == 0:
         faulthandler.dump_traceback_later(20, exit=True)
         try:
@@ -840,6 +844,8 @@ for fork in range(200):
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
+    for lock in held:
+        lock.release()
     going.clear()
     failed += os.waitpid(pid, 0)[1] != 0
 stopping = True

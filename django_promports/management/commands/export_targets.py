@@ -71,9 +71,9 @@ class Command(BaseCommand):
                 "nothing was changed."
             ) from None
         if options["verbosity"] > 0 and written:
-            self.stderr.write(f"Wrote {output}.")
+            self.stderr.write(f"Wrote {output}.", style_func=str)  # no error
         elif options["verbosity"] > 1:
-            self.stderr.write(f"{output} was up to date.")
+            self.stderr.write(f"{output} was up to date.", style_func=str)
 
     def content(self, **options: Any) -> bytes:
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}

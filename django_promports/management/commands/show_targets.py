@@ -50,11 +50,9 @@ class Command(BaseCommand):
         free = len(rows) - len(shown)
         self.stdout.write(f"{live} live, {free} of {len(rows)} ports free in {format_ports(ports)}.")
         if waiting:
-            self.stdout.write(
-                self.style.ERROR(
-                    f"{waiting} processes wait for a port and are not metered; widen PROMPORTS_PORT_RANGE."
-                )
-            )
+            wait = "process waits" if waiting == 1 else "processes wait"
+            text = f"{waiting} {wait} for a port, not metered meanwhile; widen PROMPORTS_PORT_RANGE."
+            self.stdout.write(self.style.ERROR(text))
 
 
 def _look(loop: Loop, ports: Sequence[int]) -> Steps[list[dict[str, Any]]]:
