@@ -50,8 +50,10 @@ class Command(BaseCommand):
         free = len(rows) - len(shown)
         self.stdout.write(f"{live} live, {free} of {len(rows)} ports free in {format_ports(ports)}.")
         if waiting:
-            wait = "process waits" if waiting == 1 else "processes wait"
-            text = f"{waiting} {wait} for a port, not metered meanwhile; widen PROMPORTS_PORT_RANGE."
+            wait = (
+                "1 process waits for a port and is" if waiting == 1 else f"{waiting} processes wait for a port and are"
+            )
+            text = f"{wait} not metered; widen PROMPORTS_PORT_RANGE."
             self.stdout.write(self.style.ERROR(text))
 
 
