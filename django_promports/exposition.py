@@ -13,7 +13,7 @@ import logging
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from io import BytesIO
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from threading import Lock
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -137,6 +137,9 @@ class _Block:
         self.plain = b""
         self.lengths: list[int] = []  # of each child's part of it
         self.forget()
+
+    def set_rows(self, rows: list[bytes]) -> None:
+        self.plain, self.lengths = b"".join(rows), list(map(len, rows))
 
     def forget(self) -> None:
         self.state: list[Any] | None = None
@@ -644,29 +647,35 @@ class Exposition:
             for child in children:
                 rows.append(form.encode(self._without_created(source.single(child)))[header:])
                 yield from turn.rest(0.0)
+            block.set_rows(rows)
         elif section.slots:
-            rows = self._fill(section, block, numbers, kind)
+            self._fill(section, block, numbers, kind)
         else:
-            rows = [template % () for template in block.templates]
-        block.plain, block.lengths = b"".join(rows), list(map(len, rows))
+            block.set_rows([template % () for template in block.templates])
         block.state, block.created = state, created
 
-    def _fill(self, section: _Section, block: _Block, numbers: list[Any], kind: _Kind) -> list[bytes]:
-        """Return each child's lines, of which only those are made anew whose numbers changed."""
+    def _fill(self, section: _Section, block: _Block, numbers: list[Any], kind: _Kind) -> None:
+        """Make the text of those children anew whose numbers changed."""
         templates, state = block.templates, block.state
-        if state is None or len(state) != len(numbers):
-            return kind.fill(templates, numbers, section.slots, self._counts)
         width = len(numbers) // len(templates)
-        begins = range(0, len(numbers), width)
-        changed = [i for i, at in enumerate(begins) if numbers[at : at + width] != state[at : at + width]]
+        changed: Sequence[int] = range(len(templates))
+        if state is not None and len(state) == len(numbers):
+            changed = [
+                i for i in changed if numbers[i * width : i * width + width] != state[i * width : i * width + width]
+            ]
         if 2 * len(changed) > len(templates):
-            return kind.fill(templates, numbers, section.slots, self._counts)
-        rows = [block.plain[begin:end] for begin, end in pairwise(accumulate(block.lengths, initial=0))]
-        numbers = [number for i in changed for number in numbers[begins[i] : begins[i] + width]]
-        filled = kind.fill([templates[i] for i in changed], numbers, section.slots, self._counts)
-        for i, row in zip(changed, filled, strict=True):
-            rows[i] = row
-        return rows
+            block.set_rows(kind.fill(templates, numbers, section.slots, self._counts))
+            return
+        numbers = [number for i in changed for number in numbers[i * width : i * width + width]]
+        rows = kind.fill([templates[i] for i in changed], numbers, section.slots, self._counts)
+        ends = list(accumulate(block.lengths))
+        old, at = memoryview(block.plain), 0
+        parts: list[Any] = []
+        for i, row in zip(changed, rows, strict=True):
+            parts += (old[at : ends[i] - block.lengths[i]], row)
+            at = ends[i]
+            block.lengths[i] = len(row)
+        block.plain = b"".join([*parts, old[at:]])
 
     def _complete(self, metric: Metric, unmade: list[Any], names: frozenset[str]) -> Metric:
         """Add series that only the ledger has, and leave _created out if it is not wanted."""
