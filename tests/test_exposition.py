@@ -703,7 +703,7 @@ def test_compressed_body_is_one_gzip_member(registry: CollectorRegistry) -> None
 
 def kept_bytes(ours: Exposition) -> int:
     return sum(
-        block.size + len(block.plain)
+        block.size + len(block.plain) + len(block.packed or b"")
         for form in ours._forms.values()
         for family in form.families.values()
         for section in family.sections or []
