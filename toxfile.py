@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
+import pwd
 from pathlib import Path
 
-roots = {
-    Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser(),
-    *(p.parent.parent for p in [Path(sys.base_prefix)]),
-}
-found = [str(path) for root in roots for path in sorted(root.glob("versions/3.*/bin"))]
+home = Path(pwd.getpwuid(os.getuid()).pw_dir)  # $HOME may be another folder
+root = Path(os.environ.get("PYENV_ROOT") or home / ".pyenv")
+found = [str(path) for path in sorted(root.glob("versions/3.*/bin"))]
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *found])

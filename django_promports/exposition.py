@@ -46,6 +46,7 @@ LEVEL = 1
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\x04\xff"
 LAST_BLOCK = b"\x03\0"  # of a deflate stream: empty, final
 MAX_COUNTS = 1024
+MANY_CHILDREN = 500
 # Samples that prometheus_client exposes in a slice.
 FEW_SAMPLES = 16
 # What makes a metric's samples; a class or an object that has its own is not the one this module knows.
@@ -62,13 +63,15 @@ class _Turn:
     """How long this thread has had the interpreter."""
 
     def __init__(self) -> None:
-        self._begin = perf_counter()
+        self._end = perf_counter() + SLICE_SECONDS / 2
 
-    def rest(self, limit: float = SLICE_SECONDS / 2) -> Steps:
-        """Give the interpreter up if the turn has lasted that long."""
-        if perf_counter() - self._begin >= limit:
-            yield
-            self._begin = perf_counter()
+    def is_over(self) -> bool:
+        return perf_counter() >= self._end
+
+    def rest(self) -> Steps:
+        """Give the interpreter up, and begin another turn."""
+        yield
+        self._end = perf_counter() + SLICE_SECONDS / 2
 
 
 class _Counts(dict[float, bytes]):
@@ -229,18 +232,14 @@ class _Block:
         self.children: list[Any] = []
         self.templates: list[bytes] = []
         self.size = 0  # of the templates
-        self.lengths: list[int] = []  # of each child's part of the text
-        self.set_plain(b"")
+        self.set_rows([])
         self.state: list[Any] | None = None
         self.created: list[float] | None = None
 
-    def set_plain(self, plain: bytes) -> None:
-        self.plain = plain
-        self.packed: bytes | None = None
-
     def set_rows(self, rows: list[bytes]) -> None:
-        self.set_plain(b"".join(rows))
-        self.lengths = list(map(len, rows))
+        self.plain = bytearray().join(rows)
+        self.lengths = list(map(len, rows))  # of each child's part
+        self.packed: bytes | None = None
 
 
 class _Form:
@@ -304,10 +303,12 @@ class _Section:
                         if position < len(current) and current[position] == child:
                             position += 1
                             self._put(new, child, template)
-                yield from turn.rest()
+                if turn.is_over():
+                    yield from turn.rest()
             for child in current[position:]:
                 self.add(new, source, child)
-                yield from turn.rest()
+                if turn.is_over():
+                    yield from turn.rest()
         finally:  # also where the scrape is given up half-way
             self.blocks[which] = new + old[seen:]
 
@@ -332,7 +333,8 @@ class _Section:
 
     def refresh(self, form: _Form, turn: _Turn, block: _Block, source: Any, kind: _Kind) -> Steps:
         """Make the text of a block anew if anything in it changed."""
-        yield from turn.rest()
+        if turn.is_over():
+            yield from turn.rest()
         children = block.children
         numbers, exemplars = source.read(children) if self.slots else ([], [])
         created = source.created(children) if self.has_created else []
@@ -346,7 +348,7 @@ class _Section:
         if exemplars:
             rows = []
             for child in children:
-                yield from turn.rest(0.0)
+                yield from turn.rest()
                 rows.append(form.encode(form.drop_created(source.collect(child)))[len(self.header) :])
             block.set_rows(rows)
         elif self.slots:
@@ -361,21 +363,21 @@ class _Section:
         width = len(numbers) // len(templates)
         changed: Sequence[int] = range(len(templates))
         if state is not None and len(state) == len(numbers):
-            others = compress(range(len(numbers)), map(is_not, numbers, state))
-            changed = sorted({i // width for i in others})
+            if width == 1:
+                changed = list(compress(changed, map(is_not, numbers, state)))
+            else:
+                firsts = range(0, len(numbers), width)
+                changed = [i for i, at in enumerate(firsts) if numbers[at : at + width] != state[at : at + width]]
         if 2 * len(changed) > len(templates):
             block.set_rows(kind.fill(templates, numbers, self.slots, counts))
             return
         numbers = [number for i in changed for number in numbers[i * width : i * width + width]]
         rows = kind.fill([templates[i] for i in changed], numbers, self.slots, counts)
-        ends = list(accumulate(block.lengths))
-        old, at = memoryview(block.plain), 0
-        parts: list[Any] = []
-        for i, row in zip(changed, rows, strict=True):
-            parts += (old[at : ends[i] - block.lengths[i]], row)
-            at = ends[i]
+        begins = list(accumulate(block.lengths, initial=0))
+        for i, row in zip(reversed(changed), reversed(rows), strict=True):  # from the end, so that the rest stays
+            block.plain[begins[i] : begins[i + 1]] = row
             block.lengths[i] = len(row)
-        block.set_plain(b"".join([*parts, old[at:]]))
+        block.packed = None
 
 
 class _Family:
@@ -449,7 +451,8 @@ class _Family:
             for blocks in section.blocks:
                 for block in blocks:
                     body.write_block(block)
-                    yield from turn.rest()
+                    if turn.is_over():
+                        yield from turn.rest()
 
 
 class _Body:
@@ -462,13 +465,14 @@ class _Body:
         self._known = known
         self.packed: dict[bytes, bytes] = {}
         self._buffer = BytesIO()
-        self._short: list[bytes] = []
+        self._short: list[bytes | bytearray] = []
         self._short_size = self._size = self._crc = 0
         if known is not None:
-            self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+            # As large a window as a block, and a small table, as it has to be cleared for each.
+            self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -14, 5)
             self._buffer.write(GZIP_HEADER)
 
-    def write(self, piece: bytes) -> None:
+    def write(self, piece: bytes | bytearray) -> None:
         """Add a short piece, to be compressed with its neighbours."""
         if self._known is None:
             self._buffer.write(piece)
@@ -501,11 +505,11 @@ class _Body:
             packed = self.packed[plain] = known.get(plain) or self._compress(plain)
             self._add(plain, packed)
 
-    def _compress(self, plain: bytes) -> bytes:
+    def _compress(self, plain: bytes | bytearray) -> bytes:
         # A full flush ends on a byte, and nothing after it refers to anything before.
         return self._compressor.compress(plain) + self._compressor.flush(zlib.Z_FULL_FLUSH)
 
-    def _add(self, plain: bytes, packed: bytes) -> None:
+    def _add(self, plain: bytes | bytearray, packed: bytes) -> None:
         self._crc = zlib.crc32(plain, self._crc)
         self._size += len(plain)
         self._buffer.write(packed)
@@ -595,7 +599,8 @@ class Exposition:
                 break
             for collector in collectors:
                 done.add(collector)
-                yield from turn.rest()
+                if turn.is_over():
+                    yield from turn.rest()
                 yield from self._expose_collector(scrape, collector)
         for name, series in unmade.items():
             if series:
@@ -622,6 +627,8 @@ class Exposition:
             family = yield from self._find_family(scrape, collector, collector)
             try:
                 if family.sections and vars(collector).keys().isdisjoint(METHODS):
+                    if len(vars(collector).get("_metrics", ())) > MANY_CHILDREN:  # to list them takes a while
+                        yield from turn.rest()
                     children, unmade = self._list_children(collector)
                     if collector._name in shown:
                         unmade = []
@@ -643,7 +650,8 @@ class Exposition:
                     yield from self._encode(scrape, metric, left.pop(metric.name, []), pieces)
             for piece in pieces:
                 body.write(piece)
-                yield from turn.rest()
+                if turn.is_over():
+                    yield from turn.rest()
         except Exception:
             self.failures += 1
             if collector not in self._failing:
@@ -678,7 +686,7 @@ class Exposition:
         family = scrape.form.families.get(key)
         if family is None or family.methods != methods:
             family = scrape.form.families[key] = _Family(methods)
-            yield from scrape.turn.rest(0.0)
+            yield from scrape.turn.rest()
             try:
                 if vars(collector).keys().isdisjoint(METHODS):
                     family.learn(scrape.form, collector)
@@ -725,7 +733,7 @@ class Exposition:
             part.samples = metric.samples + _list_samples(ledger, family, series, scrape.names or None)
         part = form.drop_created(part)
         samples = part.samples
-        yield from scrape.turn.rest(0.0)
+        yield from scrape.turn.rest()
         if not form.is_openmetrics:
             pieces.append(form.encode(part))
             return
@@ -735,7 +743,7 @@ class Exposition:
         for first in range(0, len(samples), FEW_SAMPLES):
             part.samples = samples[first : first + FEW_SAMPLES]
             pieces.append(form.encode(part)[header:])
-            yield from scrape.turn.rest(0.0)
+            yield from scrape.turn.rest()
 
     def _warn(self, what: object) -> None:
         if not self._warned:

@@ -195,7 +195,7 @@ class Ledger:
         os.close(self._file)
 
     def _map(self) -> None:
-        if os.fstat(self._file).st_size == 0:
+        if self._is_unwritten():
             self._create()
         size = os.fstat(self._file).st_size
         if size == SIZE:
@@ -203,6 +203,11 @@ class Ledger:
             self.cells = memoryview(self._map_)[CELLS_AT:INDEX_AT].cast("d")
         self._cells_end = self._cells_reserved = 0
         self._index_end = self._index_reserved = INDEX_AT
+
+    def _is_unwritten(self) -> bool:
+        """Whether nothing was ever counted in the file: it is new, or its maker was killed before the header."""
+        begins = os.pread(self._file, len(MAGIC), 0) + os.pread(self._file, WORD.size, INDEX_AT)
+        return not begins.strip(b"\0")
 
     def _create(self) -> None:
         header = HEADER.pack(MAGIC, VERSION, 0x01020304, SIZE, self._application)
@@ -212,8 +217,9 @@ class Ledger:
         except LedgerFull:
             os.ftruncate(self._file, 0)
             raise
-        os.pwrite(self._file, (header + WORD.pack(zlib.crc32(header))).ljust(SEAL_AT, b"\0") + WORD.pack(OPEN), 0)
         os.ftruncate(self._file, SIZE)
+        # Last: without it the file counts as new.
+        os.pwrite(self._file, (header + WORD.pack(zlib.crc32(header))).ljust(SEAL_AT, b"\0") + WORD.pack(OPEN), 0)
 
     def _read(self) -> None:
         size = os.fstat(self._file).st_size
