@@ -113,6 +113,7 @@ SCENARIOS: dict[str, tuple[list[str], Callable[[Gunicorn, float], None], int]] =
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_prometheus_counts_every_answered_request_once(
     scenario: str, program: Callable[[str], str], free_ports: range, tmp_path: Path
@@ -131,6 +132,7 @@ def test_prometheus_counts_every_answered_request_once(
             assert site.child.output().count("Booting worker") > WORKERS
 
 
+@pytest.mark.long
 def test_prometheus_counts_every_answered_request_once_over_a_restart(
     program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:
