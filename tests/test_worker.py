@@ -308,14 +308,15 @@ class Test(TestCase):
 """
 
 HELPER_SITE = """
-import multiprocessing, time
+import multiprocessing, signal
 from demo_site.settings import *
 ROOT_URLCONF = "helper_site"
 from django.http import HttpResponse
 from django.urls import path
 
 def helper(request):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+    # Not time.sleep(): under gevent it would let the worker's own greenlets run on in the helper.
+    child = multiprocessing.get_context("fork").Process(target=signal.pause)
     child.start()
     return HttpResponse(str(child.pid))
 
