@@ -33,6 +33,7 @@ Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an 
 # Where a value counts that has no cell, shared by all of them and never read.
 NOWHERE: Cells = array("d", [0.0] * (STATE + 1))
 KINDS = (Counter, Summary, Histogram)
+FULL = "%s: new series are counted in memory, and lost with this process."
 # What prometheus_client puts behind a metric's name.
 SUFFIXES = {
     "counter": ("", "_total", "_created"),
@@ -213,7 +214,7 @@ class Book:
                 if self.ledger is not None:
                     self._attach(self.ledger, metric, labelvalues, child)
         except LedgerFull as full:
-            self._warn("%s: new series are counted in memory, and lost with this process.", full)
+            self._warn(FULL, full)
         except Exception:
             self._warn("%s cannot be counted in the ledger, only in memory.", metric, exc_info=True)
 
@@ -309,18 +310,18 @@ class Book:
                     self._watch_removals(collector)
                 for labelvalues, child in collector._metrics.items():
                     self.adopt_child(collector, tuple(labelvalues), child)
-                with self._lock:
-                    if self.ledger is not None and collector._name in self._unmade:
-                        self._try_family(collector)
+                self._compare_shape(collector)
         else:
             self.adopt_child(collector, (), collector)
 
-    def _try_family(self, metric: Any) -> None:
-        try:
-            if self.ledger is not None:
-                self._find_family(self.ledger, metric)
-        except LedgerFull as full:
-            self._warn("%s: new series are counted in memory, and lost with this process.", full)
+    def _compare_shape(self, metric: Any) -> None:
+        """Forget the ledger's series of a metric if they have other labels or buckets than it has now."""
+        with self._lock:
+            if self.ledger is not None and metric._name in self._unmade:
+                try:
+                    self._find_family(self.ledger, metric)
+                except LedgerFull as full:
+                    self._warn(FULL, full)
 
     def _make_way(self, collector: Collector) -> None:
         """Forget the series of a counter whose name something else has taken."""

@@ -169,6 +169,12 @@ def request(url: str, method: str = "GET", seconds: float = 20) -> int:
         return 0
 
 
+def export_targets(output: Path, ports: Sequence[int]) -> None:
+    """Write the target list of a range, as at deploy time."""
+    done = manage("export_targets", "--output", str(output), DEMO_PORT_RANGE=f"{ports[0]}-{ports[-1]}")
+    assert done.returncode == 0, done.stderr
+
+
 def get(url: str, seconds: float = 10, **headers: str) -> bytes:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds) as response:
         return bytes(response.read())

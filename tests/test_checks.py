@@ -244,13 +244,7 @@ def test_metrics_that_anybody_can_read_are_a_warning_at_deploy_time(
     for name, value in guards.items():
         setattr(settings, name, value)
 
-    usual = django_checks.run_checks(tags=[checks.TAG])
-    deploy = django_checks.run_checks(tags=[checks.TAG], include_deployment_checks=True)
-
-    assert usual == []
-    assert [message.id for message in deploy] == ids
-    for message in deploy:
-        _is_helpful(message)
+    _shows_at_deploy_time_only(ids)
 
 
 @pytest.mark.parametrize(
@@ -273,13 +267,7 @@ def test_at_deploy_time_a_wrong_setting_is_said_once(setting: str, number: str, 
 def test_ledgers_on_a_disk_are_a_warning_at_deploy_time(folder: str | None, ids: list[str], settings: Settings) -> None:
     settings.PROMPORTS_LEDGER_DIR = folder
 
-    usual = django_checks.run_checks(tags=[checks.TAG])
-    deploy = django_checks.run_checks(tags=[checks.TAG], include_deployment_checks=True)
-
-    assert usual == []
-    assert [message.id for message in deploy] == ids
-    for message in deploy:
-        _is_helpful(message)
+    _shows_at_deploy_time_only(ids)
 
 
 @pytest.mark.parametrize("unsafe", ["file", "link", "shared"])
@@ -372,6 +360,16 @@ def test_a_key_with_a_passphrase_is_an_error_and_no_prompt(pem_files: Path) -> N
             child.kill()
         assert child.stdout is not None
         assert child.stdout.read() == "['promports.E007']\n"
+
+
+def _shows_at_deploy_time_only(ids: list[str]) -> None:
+    usual = django_checks.run_checks(tags=[checks.TAG])
+    deploy = django_checks.run_checks(tags=[checks.TAG], include_deployment_checks=True)
+
+    assert usual == []
+    assert [message.id for message in deploy] == ids
+    for message in deploy:
+        _is_helpful(message)
 
 
 def _is_helpful(message: django_checks.CheckMessage) -> None:

@@ -18,7 +18,18 @@ from typing import Any
 import pytest
 
 from django_promports.ledger import Ledger, make_folder
-from tests.servers import ROOT, Gunicorn, Prometheus, database, gunicorn, manage, prometheus, scrape, send_requests
+from tests.servers import (
+    ROOT,
+    Gunicorn,
+    Prometheus,
+    database,
+    export_targets,
+    gunicorn,
+    manage,
+    prometheus,
+    scrape,
+    send_requests,
+)
 
 WORKERS = 4
 # What is asked, and the series that count it. django-prometheus' metric is made when its middleware is loaded, the
@@ -156,13 +167,7 @@ def watched(
     """Run Prometheus at 1 s scrapes over so many ports; give it, and the ports of gunicorn."""
     *metric_ports, site_port, prometheus_port = [*free_ports[:width], *free_ports[-2:]]
     with prometheus(program("prometheus"), tmp_path, prometheus_port) as server:
-        exported = manage(
-            "export_targets",
-            "--output",
-            str(tmp_path / "targets/django.json"),
-            DEMO_PORT_RANGE=f"{metric_ports[0]}-{metric_ports[-1]}",
-        )
-        assert exported.returncode == 0, exported.stderr
+        export_targets(tmp_path / "targets/django.json", metric_ports)
         yield server, [*metric_ports, site_port]
 
 

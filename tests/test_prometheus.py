@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from django_promports.targets import dump_json, target_groups, write_file
-from tests.servers import ROOT, get, gunicorn, manage, prometheus, running, send_requests
+from tests.servers import ROOT, export_targets, get, gunicorn, manage, prometheus, running, send_requests
 
 
 def test_promtool_accepts_the_configuration_and_the_exported_file(
@@ -33,13 +33,7 @@ def test_prometheus_shows_every_live_worker_and_counts_every_request(
     *ports, prometheus_port = free_ports
     # The file is written once, at deploy time, before anything runs.
     with prometheus(program("prometheus"), tmp_path, prometheus_port) as server:
-        exported = manage(
-            "export_targets",
-            "--output",
-            str(tmp_path / "targets/django.json"),
-            DEMO_PORT_RANGE=f"{ports[0]}-{ports[-2]}",
-        )
-        assert exported.returncode == 0, exported.stderr
+        export_targets(tmp_path / "targets/django.json", ports[:-1])
         with gunicorn(tmp_path, ports) as site:
             live = {f"127.0.0.1:{port}" for port in site.wait_for_workers()}
             server.child.wait_until(lambda: server.up() == live, "every worker is up, and nothing else")
