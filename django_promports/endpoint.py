@@ -43,6 +43,7 @@ LINGER_SECONDS = 1.0
 MAX_CONNECTIONS = 64
 MAX_HEADER_BYTES = 16384
 HEADER_END = re.compile(rb"\r?\n\r?\n")
+NO_REQUEST = re.compile(rb"[^A-Za-z\r\n]")
 # Seconds to wait when the process has no file descriptor left for a connection.
 EXHAUSTED_SECONDS = 0.1
 # Seconds to wait for the thread at stop(): longer than the longest answer takes to make.
@@ -333,4 +334,6 @@ def _receive_head(sock: socket.socket) -> Steps[bytes]:
         if not chunk:
             return b""
         head += chunk
+        if NO_REQUEST.match(head):  # TLS where there is none, say: no use in waiting for an empty line
+            break
     return bytes(head[: end.end()] if end else head)

@@ -13,8 +13,7 @@ import logging
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from io import BytesIO
-from itertools import accumulate, compress
-from operator import is_not
+from itertools import accumulate, chain
 from threading import Lock
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -53,6 +52,8 @@ FEW_SAMPLES = 16
 METHODS = ("collect", "_samples", "_multi_samples", "_child_samples")
 
 Steps = Generator[None, None, None]
+# The numbers of a block's children, one child after the other: as objects, or as the bytes of their cells.
+_State = list[Any] | bytes
 
 
 class _Unknown(Exception):
@@ -163,11 +164,26 @@ KINDS: dict[type, _Kind] = {
 TYPES: dict[str, type] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
 
 
+class _Cells:
+    """Reads the values of a family's series where the ledger has them, side by side, as bytes."""
+
+    def __init__(self, ledger: Ledger, family: Family) -> None:
+        self._cells, self._end, self.family = ledger.cells, STATE + family.width, family
+
+    def read(self, firsts: list[int]) -> bytes:
+        cells, end = self._cells, self._end
+        return b"".join([cells[first + STATE : first + end] for first in firsts])
+
+    def created(self, first: int) -> float:
+        return float(self._cells[first])
+
+
 class _Made:
     """Reads the children that this process has made."""
 
-    def __init__(self, collector: Any, *, with_exemplars: bool) -> None:
+    def __init__(self, collector: Any, cells: _Cells | None = None, *, with_exemplars: bool) -> None:
         self.collector, self.kind = collector, KINDS[type(collector)]
+        self._cells = cells
         self._exemplars = self.kind.exemplars if with_exemplars else None
         self._is_gauge = isinstance(collector, Gauge)
         self._function = type(collector)._child_samples
@@ -182,8 +198,17 @@ class _Made:
     def created(self, children: list[Any]) -> list[float]:
         return [child._created for child in children]
 
-    def read(self, children: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Return numbers, and exemplars if there are any."""
+    def find(self, children: list[Any]) -> list[int]:
+        """Return the first cell of each child in the ledger; none if one of them is not there."""
+        series = self._cells.family.series if self._cells else {}
+        firsts = [series.get(tuple(child._labelvalues), -1) for child in children if series]
+        return [] if -1 in firsts else firsts
+
+    def read(self, block: _Block) -> tuple[_State, bool]:
+        """Return numbers, with exemplars if there are any, and whether there are."""
+        if block.firsts and self._cells and not (self._exemplars and CellValue.has_exemplars):
+            return self._cells.read(block.firsts), False
+        children = block.children
         numbers = self.kind.numbers(children)
         if self._is_gauge:
             if any(child._child_samples.__func__ is not self._function for child in children):  # set_function()
@@ -191,8 +216,8 @@ class _Made:
             # 0.0 equals -0.0 and does not look like it. Only gauges get there.
             numbers = [number or repr(number) for number in numbers]
         if self._exemplars is not None and any(exemplars := self._exemplars(children)):
-            return numbers, exemplars
-        return numbers, []
+            return numbers + exemplars, True
+        return numbers, False
 
     def collect(self, child: Any) -> Metric:
         """Return the metric as if it had this child only."""
@@ -207,17 +232,20 @@ class _Made:
 class _Unmade:
     """Reads series that are in the ledger only: pairs of label values and first cell."""
 
-    def __init__(self, ledger: Ledger, family: Family) -> None:
-        self._cells, self._width = ledger.cells, STATE + family.width
+    def __init__(self, cells: _Cells) -> None:
+        self._cells = cells
 
     def labels(self, series: Any) -> tuple[str, ...]:
         return tuple(series[0])
 
     def created(self, many: list[Any]) -> list[float]:
-        return [self._cells[first] for _, first in many]
+        return [self._cells.created(first) for _, first in many]
 
-    def read(self, many: list[Any]) -> tuple[list[Any], list[Any]]:
-        return [number for _, first in many for number in self._cells[first + STATE : first + self._width]], []
+    def find(self, many: list[Any]) -> list[int]:
+        return [first for _, first in many]
+
+    def read(self, block: _Block) -> tuple[_State, bool]:
+        return self._cells.read(block.firsts), False
 
     def collect(self, series: Any) -> Metric:
         raise _Unknown
@@ -226,14 +254,15 @@ class _Unmade:
 class _Block:
     """Some children of a metric, in the metric's order."""
 
-    __slots__ = ("children", "created", "lengths", "packed", "plain", "size", "state", "templates")
+    __slots__ = ("children", "created", "firsts", "lengths", "packed", "plain", "size", "state", "templates")
 
     def __init__(self) -> None:
         self.children: list[Any] = []
         self.templates: list[bytes] = []
         self.size = 0  # of the templates
         self.set_rows([])
-        self.state: list[Any] | None = None
+        self.firsts: list[int] = []  # cells of the children, while they are read from the ledger
+        self.state: _State | None = None
         self.created: list[float] | None = None
 
     def set_rows(self, rows: list[bytes]) -> None:
@@ -336,42 +365,40 @@ class _Section:
         if turn.is_over():
             yield from turn.rest()
         children = block.children
-        numbers, exemplars = source.read(children) if self.slots else ([], [])
+        if block.state is None:
+            block.firsts = source.find(children)
+        state, has_exemplars = source.read(block) if self.slots else ([], False)
         created = source.created(children) if self.has_created else []
-        state = numbers + exemplars if exemplars else numbers
         if state == block.state and created == block.created:
             return
         if created != block.created and block.created is not None:  # Counter.reset(), or the ledger's
             block.state = None
             pairs = zip(children, created, strict=True)
             block.templates = [self._make_template(source.labels(child), moment) for child, moment in pairs]
-        if exemplars:
+        if has_exemplars:
             rows = []
             for child in children:
                 yield from turn.rest()
                 rows.append(form.encode(form.drop_created(source.collect(child)))[len(self.header) :])
             block.set_rows(rows)
         elif self.slots:
-            self._fill(block, numbers, kind, form.counts)
+            self._fill(block, state, kind, form.counts)
         else:
             block.set_rows([template % () for template in block.templates])
         block.state, block.created = state, created
 
-    def _fill(self, block: _Block, numbers: list[Any], kind: _Kind, counts: _Counts) -> None:
+    def _fill(self, block: _Block, state: _State, kind: _Kind, counts: _Counts) -> None:
         """Make the text of those children anew whose numbers changed."""
-        templates, state = block.templates, block.state
-        width = len(numbers) // len(templates)
+        templates, old = block.templates, block.state
+        width = len(state) // len(templates)
         changed: Sequence[int] = range(len(templates))
-        if state is not None and len(state) == len(numbers):
-            if width == 1:
-                changed = list(compress(changed, map(is_not, numbers, state)))
-            else:
-                firsts = range(0, len(numbers), width)
-                changed = [i for i, at in enumerate(firsts) if numbers[at : at + width] != state[at : at + width]]
+        if type(old) is type(state) and len(old) == len(state):
+            firsts = range(0, len(state), width)
+            changed = [i for i, at in enumerate(firsts) if state[at : at + width] != old[at : at + width]]
         if 2 * len(changed) > len(templates):
-            block.set_rows(kind.fill(templates, numbers, self.slots, counts))
+            block.set_rows(kind.fill(templates, _decode([state]), self.slots, counts))
             return
-        numbers = [number for i in changed for number in numbers[i * width : i * width + width]]
+        numbers = _decode([state[i * width : (i + 1) * width] for i in changed])
         rows = kind.fill([templates[i] for i in changed], numbers, self.slots, counts)
         begins = list(accumulate(block.lengths, initial=0))
         for i, row in zip(reversed(changed), reversed(rows), strict=True):  # from the end, so that the rest stays
@@ -380,12 +407,20 @@ class _Section:
         block.packed = None
 
 
+def _decode(states: Sequence[Any]) -> list[Any]:
+    """Return the numbers in several pieces of a state."""
+    if isinstance(states[0], bytes):
+        return memoryview(b"".join(states)).cast("d").tolist()
+    return list(chain.from_iterable(states))
+
+
 class _Family:
     """What is kept of a metric: its sections, or none if prometheus_client has to expose it."""
 
     def __init__(self, methods: tuple[object, ...]) -> None:
         self.methods = methods
         self.sections: list[_Section] = []
+        self._counted_in: Family | None = None
 
     def learn(self, form: _Form, collector: Any) -> None:
         """Find the text that the children of a metric have in common, and prove that it is understood.
@@ -436,6 +471,14 @@ class _Family:
             section.skeleton += prefix + (b" %(created)b\n" if section.has_created else b" %%b\n")
             section.slots += not section.has_created
         return sections
+
+    def count_in(self, family: Family | None) -> None:
+        """Look up the children's cells again if they are in another ledger, or in other cells, than before."""
+        if family is not self._counted_in:
+            self._counted_in = family
+            for section in self.sections:
+                for block in chain(*section.blocks):
+                    block.state = None
 
     def update(self, form: _Form, turn: _Turn, sources: list[tuple[Any, list[Any]]], kind: _Kind) -> Steps:
         for section in self.sections:
@@ -699,10 +742,12 @@ class Exposition:
     def _expose_family(
         self, scrape: _Scrape, family: _Family, metric: Any, children: list[Any], unmade: list[Any]
     ) -> Steps:
-        made = _Made(metric, with_exemplars=scrape.form.is_openmetrics)
+        cells = self._find_cells(metric._name)
+        family.count_in(cells.family if cells else None)
+        made = _Made(metric, cells, with_exemplars=scrape.form.is_openmetrics)
         sources: list[tuple[Any, list[Any]]] = [(made, children)]
-        if unmade and self._book.ledger is not None:
-            sources.append((_Unmade(self._book.ledger, self._book.ledger.families[metric._name]), unmade))
+        if unmade and cells:
+            sources.append((_Unmade(cells), unmade))
         else:
             for section in family.sections:
                 section.blocks[1] = []
@@ -715,6 +760,11 @@ class Exposition:
             return [metric], self._list_unmade(metric._name)
         with metric._lock:
             return list(metric._metrics.values()), self._list_unmade(metric._name)
+
+    def _find_cells(self, name: str) -> _Cells | None:
+        ledger = self._book.ledger
+        family = ledger.families.get(name) if ledger is not None else None
+        return _Cells(ledger, family) if ledger is not None and family is not None else None
 
     def _list_unmade(self, name: str) -> list[Any]:
         if self._book.ledger is None:

@@ -47,6 +47,8 @@ class CellValue:
 
     __slots__ = ("_cells", "_exemplar", "_index", "_lock", "_value")
     _multiprocess = False
+    # Whether any value of this process ever had an exemplar: then there is more to read than cells.
+    has_exemplars = False
 
     def __init__(self, lock: Any, exemplar: Any) -> None:
         self._value = 0.0
@@ -71,6 +73,7 @@ class CellValue:
     def set_exemplar(self, exemplar: Any) -> None:
         with self._lock:
             self._exemplar = exemplar
+            CellValue.has_exemplars = True
 
     def get_exemplar(self) -> Any:
         with self._lock:
@@ -475,6 +478,7 @@ def _replace(value: Any) -> CellValue:
         return value
     with value._lock:
         replacement = CellValue(value._lock, value._exemplar)
+        CellValue.has_exemplars |= value._exemplar is not None
         replacement._value = value._value
         value._target = replacement
         value.__class__ = _MovedValue

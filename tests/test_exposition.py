@@ -43,7 +43,7 @@ from prometheus_client.samples import Sample
 from django_promports import exposition
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.values import Book, CellValue
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
 ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values", "unheard-of")
@@ -265,6 +265,7 @@ def sample_names(book: Book) -> list[str]:
 @given(data=st.data(), specs=st.lists(METRICS, min_size=1, max_size=6), with_ledger=st.booleans())
 def test_output_equals_prometheus_clients(data: st.DataObject, specs: list[dict[str, Any]], with_ledger: bool) -> None:
     prometheus_metrics._use_created = True
+    CellValue.has_exemplars = False
     with tempfile.TemporaryDirectory() as folder:
         books = []
         # The second process comes after the first one, and has made some of its metrics.
@@ -425,6 +426,40 @@ def test_exemplar_that_comes_after_its_count_shows(registry: CollectorRegistry) 
     assert b'trace_id="y"' in ask(ours)[1]
     assert_equal(ours, book)
     assert_equal(ours, book, "")
+
+
+def test_exemplar_shows_where_cells_were_read_before(
+    registry: CollectorRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CellValue, "has_exemplars", False)
+    counter = Counter("requests", "", ["view"], registry=registry)
+    book = Book(registry)
+    book.open(Ledger(tmp_path / "1.ledger", "app"))
+    ours = Exposition(book)
+    counter.labels("a").inc()
+    assert_equal(ours, book)
+    counter.labels("a").inc(0, {"trace_id": "x"})
+    assert b'trace_id="x"' in ask(ours)[1]
+    assert_equal(ours, book)
+    book.close()
+
+
+def test_metric_is_read_from_its_new_cells(registry: CollectorRegistry, tmp_path: Path) -> None:
+    counter = Counter("requests", "", ["view"], registry=registry)
+    book = Book(registry)
+    ours = Exposition(book)
+    for name in ("1.ledger", "2.ledger"):
+        book.open(Ledger(tmp_path / name, "app"))
+        for _ in range(2):
+            counter.labels("a").inc()
+            assert_equal(ours, book)
+            registry.unregister(counter)
+            registry.register(counter)
+            counter.labels("a").inc()
+            assert_equal(ours, book)
+        book.close()
+        counter.labels("a").inc()
+        assert_equal(ours, book)
 
 
 def test_reset_counter_has_a_new_created_series(registry: CollectorRegistry) -> None:
