@@ -11,10 +11,37 @@ from typing import Any
 import pytest
 
 from django_promports import worker
+from tests.matrix import Row, write_table
 
 # Every test gets a block of ports of its own, below the kernel's ephemeral ones.
 BLOCK = 16
 BLOCKS = range(12000, 32000, BLOCK)
+
+
+rows: list[Row] = []  # that the tests of this run found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--servers-table", type=Path, metavar="PAGE", help="write what the tests found out about servers")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        rows.extend(value for name, value in report.user_properties if name == "row")  # type: ignore[misc]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page = session.config.getoption("--servers-table")
+    if page and rows and not hasattr(session.config, "workerinput"):
+        write_table(page, rows)
+
+
+@pytest.fixture
+def row(record_property: Callable[[str, object], None]) -> Row:
+    """What the test finds out about a server; it becomes a row of docs/servers.md."""
+    found = Row()
+    record_property("row", found)
+    return found
 
 
 @pytest.fixture(autouse=True)
