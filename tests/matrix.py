@@ -39,7 +39,7 @@ def versions(*packages: str) -> str:
 
 def format_table(rows: Iterable[Row]) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [[row.get(column, "") for column in COLUMNS] for row in sorted(rows, key=_order)]  # type: ignore[list-item, misc]
+    lines += [[row.get(column, "") for column in COLUMNS] for row in sorted(rows, key=_order)]  # type: ignore[misc]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
