@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
 
 def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
     """Say what is wrong with the settings and what would count twice."""
-    return [*_check_values(), *_check_ports(), *_check_rivals(), *_check_ledgers()]
+    return [*_check_values(), *_check_ports(), *_check_rivals(), *_check_uwsgi(), *_check_ledgers()]
 
 
 def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
@@ -141,6 +142,16 @@ def _check_rivals() -> Iterator[checks.CheckMessage]:
             f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",
             hint=f"Remove {name} and write {replacement} instead.",
             id="promports.E004",
+        )
+
+
+def _check_uwsgi() -> Iterator[checks.CheckMessage]:
+    uwsgi = sys.modules.get("uwsgi")  # which exists inside uWSGI only
+    if uwsgi is not None and not {"enable-threads", "threads"} & set(uwsgi.opt):
+        yield checks.Error(
+            "uWSGI runs without threads of Python's, and the one that serves metrics would stand still.",
+            hint="Set enable-threads = true in uWSGI's configuration, or threads = N.",
+            id="promports.E014",
         )
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from time import sleep
+from time import monotonic, sleep
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
@@ -158,45 +158,52 @@ class Endpoint:
         self._connections: dict[Conversation, Stage] = {}  # oldest first
         self._failing = False
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="promports-endpoint", daemon=True)
+        self._loop.spawn(self._accept())
+        self._thread: threading.Thread | None = None
+        self._former: threading.Thread | None = None
 
     def start(self) -> None:
-        """Serve from now on."""
-        self._loop.spawn(self._accept())
-        self._thread.start()
+        """Serve from a thread, from now on or again."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="promports-endpoint", daemon=True)
+            self._thread.start()
+
+    def hold(self, steps: Steps[None], sock: socket.socket) -> None:
+        """Hold a conversation besides, on a socket that is closed with the endpoint."""
+        self._loop.spawn(steps, sock=sock)
+
+    def pause(self) -> None:
+        """End the thread where it is half-way through nothing, until start(). The port stays claimed."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():  # a collector may fork
+            self._thread, self._former = None, thread
+            self._loop.wake()
+            thread.join(STOP_SECONDS)
+            _await_end(thread)
 
     def stop(self) -> None:
         """Free the port and end the thread."""
         self._stopping = True
-        self._loop.wake()
-        self._thread.join(STOP_SECONDS)
-
-    def pause(self) -> None:
-        """Wait until the thread is inside no lock, and keep it there until unpause()."""
-        self._loop.busy.acquire()
-
-    def unpause(self) -> None:
-        self._loop.busy.release()
+        self.pause()
+        self.abandon()
 
     def abandon(self) -> None:
-        """Close, in a forked child, what was inherited from a parent that keeps serving."""
+        """Close everything: at the end, or in a forked child, what was inherited from a parent that keeps serving."""
         self._stopping = True
-        self._loop.close()
+        self._loop.close()  # first: gevent would put off closing a socket that a selector has
         self._listener.close()
 
     def _run(self) -> None:
-        try:
-            while not self._stopping:
-                try:
-                    self._loop.turn()
-                except Exception:
-                    if self._stopping:
-                        break
-                    logger.exception("A connection to the metrics endpoint failed; the endpoint goes on.")
-                    sleep(EXHAUSTED_SECONDS)  # should it fail again at once, the site has the processor meanwhile
-        finally:
-            self._loop.close()
-            self._listener.close()
+        if self._former is not None:  # it may still be in a collector that takes its time
+            self._former.join()
+        while self._thread is threading.current_thread():
+            try:
+                self._loop.turn()
+            except Exception:
+                if self._stopping:
+                    break
+                logger.exception("A connection to the metrics endpoint failed; the endpoint goes on.")
+                sleep(EXHAUSTED_SECONDS)  # should it fail again at once, the site has the processor meanwhile
 
     def _accept(self) -> Steps[None]:
         while True:
@@ -320,6 +327,15 @@ class Endpoint:
             return Response(200, "application/json", json.dumps(about).encode())
         rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}\n" for k, v in about.items())
         return Response(200, "text/html; charset=utf-8", PAGE.format(rows=rows).encode())
+
+
+def _await_end(thread: threading.Thread) -> None:
+    """Wait until the kernel, too, has ended a thread that was joined: Python 3.12 asks it how many there are."""
+    if thread.native_id == threading.get_native_id():  # it was a greenlet
+        return
+    deadline = monotonic() + STOP_SECONDS
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and monotonic() < deadline:
+        sleep(0)
 
 
 def _plain(status: int, text: str, *headers: tuple[str, str]) -> Response:

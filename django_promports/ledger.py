@@ -110,7 +110,7 @@ class Ledger:
     """An open ledger.
 
     families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. A series'
-    values begin STATE cells after its first one.
+    values begin STATE cells after its first one. is_new: whether there was no such file before.
     """
 
     def __init__(self, path: Path, application: str) -> None:
@@ -126,6 +126,7 @@ class Ledger:
         self._by_number: list[Family] = []
         self._forgotten = 0
         self._file = _open_locked(path)
+        self.is_new = self._is_unwritten()
         try:
             self._map()
             try:
@@ -180,11 +181,11 @@ class Ledger:
         """Note that all of it was scraped just now."""
         NUMBER.pack_into(self._map_, SCRAPED_AT, time.time())
 
-    def close(self, *, seal: bool = True) -> None:
+    def close(self, *, seal: bool = True, remove: bool = False) -> None:
         """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
 
         Nobody may use the cells any more. In a forked child of the holder (seal=False) this only lets go of what
-        the child inherited.
+        the child inherited. remove: remove the file as well.
         """
         if seal:
             WORD.pack_into(self._map_, SEAL_AT, self._checksum())
@@ -192,6 +193,8 @@ class Ledger:
             self.cells.release()
         if hasattr(self, "_map_"):
             self._map_.close()
+        if remove:  # while the lock is held
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def _map(self) -> None:
@@ -410,16 +413,17 @@ def read_opening(path: Path) -> float | None:
         return None
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder of the ledgers, for this user only.
+def make_folder(path: Path) -> bool:
+    """Make the folder of the ledgers, for this user only; False if it was there already.
 
     Raises OSError if it cannot be made, PermissionError if it is a link, or another user's, or others may write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True)
+        return True
     except FileExistsError:
-        pass
-    check_folder(path)
+        check_folder(path)
+        return False
 
 
 def check_folder(path: Path) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import selectors
 import socket
 import ssl
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable
 from itertools import islice
+from types import GeneratorType
 from typing import Any, NoReturn, TypeVar, cast
 
 T = TypeVar("T")
@@ -44,7 +44,10 @@ class Conversation:
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
     def close(self) -> None:
-        self.steps.close()
+        if not cast(
+            "GeneratorType[Any, Any, Any]", self.steps
+        ).gi_running:  # a step may fork, and its child closes what it inherited
+            self.steps.close()
         if self.socket is not None:  # a generator that has not begun has no `finally` yet
             self.socket.close()
 
@@ -60,12 +63,11 @@ class Flight:
 class Loop:
     """Advances conversations, one step at a time.
 
-    `busy` is held while a step runs: who holds it knows that no conversation is inside a lock or half-way
-    through anything.
+    Between two turns no conversation is inside a lock or half-way through anything, and the next turn may be taken by
+    another thread.
     """
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()
         self._conversations: dict[Conversation, None] = {}  # oldest first
         self._resumed: deque[Conversation] = deque()
         self._resting: list[Conversation] = []
@@ -167,16 +169,15 @@ class Loop:
         else:
             timeout = 0.0 if self._resumed else self._seconds_to_deadline()
         events = self._selector.select(timeout)
-        with self.busy:
-            self._resumed += self._resting
-            self._resting.clear()
-            for key, _ in events:
-                if key.data is None:
-                    self._drain_wakeups()
-                elif key.data.waiting_on == key.fd:  # not dropped by an earlier step of this turn
-                    self._advance(key.data)
-            self._drop_late()
-            self._advance_resumed()
+        self._resumed += self._resting
+        self._resting.clear()
+        for key, _ in events:
+            if key.data is None:
+                self._drain_wakeups()
+            elif key.data.waiting_on == key.fd:  # not dropped by an earlier step of this turn
+                self._advance(key.data)
+        self._drop_late()
+        self._advance_resumed()
 
     def wake(self) -> None:
         """Make a turn() that waits in another thread return."""

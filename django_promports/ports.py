@@ -11,6 +11,7 @@ import ipaddress
 import os
 import re
 import socket
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,15 +141,7 @@ def announce_waiting(ports: Sequence[int]) -> socket.socket | None:
     The sign is an abstract unix socket: like a port it belongs to the network namespace and ends with the
     process, and needs no folder. Only Linux has them; elsewhere the answer is None.
     """
-    if sys.platform != "linux":
-        return None
-    sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        sign.bind(f"\0{_waiting_name(ports)}{os.getpid()}")
-    except OSError:  # this process has announced itself already
-        sign.close()
-        return None
-    return sign
+    return _bind_sign(socket.SOCK_DGRAM, f"\0{_waiting_name(ports)}{os.getpid()}")
 
 
 def count_waiting(ports: Sequence[int]) -> int:
@@ -159,6 +152,51 @@ def count_waiting(ports: Sequence[int]) -> int:
     except OSError:
         return 0
     return table.count(f" @{_waiting_name(ports)}")
+
+
+def open_door() -> socket.socket | None:
+    """Let children of this process reach it, which relieve it of its port: relieve_parent(). Linux only."""
+    return _bind_sign(socket.SOCK_STREAM, _door_name(os.getpid()))
+
+
+def is_child(peer: socket.socket) -> bool:
+    """Return whether who came through the door is a child of this process."""
+    # man 7 unix: struct ucred.
+    pid, _, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    # man 5 proc: the parent's pid is the second field behind the name, which may have parentheses in it.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
+
+
+def relieve_parent(seconds: float) -> None:
+    """Wait until the parent has freed its port, if it has one and a door, and served no request."""
+    if sys.platform != "linux":
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(seconds)
+        try:
+            sock.connect(_door_name(os.getppid()))
+            sock.recv(1)  # it says nothing, and hangs up when it is done
+        except OSError:
+            pass
+
+
+def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
+    if sys.platform != "linux":
+        return None
+    sign = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sign.setblocking(False)
+        sign.bind(name)
+        if kind == socket.SOCK_STREAM:
+            sign.listen()
+    except OSError:  # this process has it already
+        sign.close()
+        return None
+    return sign
+
+
+def _door_name(pid: int) -> str:
+    return f"\0django_promports/door/{pid}"
 
 
 def _waiting_name(ports: Sequence[int]) -> str:

@@ -148,6 +148,7 @@ class Book:
         self._families: dict[str, Family] = {}  # of the metrics that this process has made
         self._unmade: dict[str, dict[Labels, int]] = {}  # first cells of the series that it has not, by metric
         self._values: set[CellValue] = set()
+        self._parcel: list[tuple[Any, float]] = []
         self._installed = False
         self._warned = False
 
@@ -160,27 +161,36 @@ class Book:
         for collector in list(self.registry._collector_to_names):
             self._adopt(collector)
 
-    def close(self) -> None:
-        """Let go of the ledger: what was counted is in it, and this process counts on from zero, in memory."""
+    def close(self, *, undo: bool = False) -> None:
+        """Let go of the ledger: what was counted is in it, and this process counts on from zero, in memory.
+
+        undo: remove a ledger that this process made, and keep in memory what was counted.
+        """
         with self._lock:
             ledger, self.ledger = self.ledger, None
+            undo = undo and ledger is not None and ledger.is_new
             for value in self._values:
-                value.detach(0.0)
+                value.detach(value._value if undo else 0.0)
             self._clear()
             if ledger is not None:
-                ledger.close()
+                ledger.close(remove=undo)
 
-    def hand_over(self) -> None:
-        """Begin at zero, in a process that has just forked a child which takes the numbers along."""
+    def pack(self) -> None:
+        """Move the numbers in memory into a parcel, for the child that this process is about to fork."""
         for child in self._children():
             for value in _get_values(child):
                 with value._lock:
+                    self._parcel.append((value, value._value))
                     value._value = 0.0
+
+    def part_with_parcel(self) -> None:
+        """Forget the parcel, in the process that forked: the child has it."""
+        self._parcel.clear()
 
     def begin_in_child(self, *, keep: bool) -> None:
         """Let go of the parent's ledger in a forked child, and of locks that the parent's threads may have held.
 
-        keep: whether the numbers that the parent had in memory are this process's now.
+        keep: whether what the parent packed is this process's now.
         """
         self._lock = threading.RLock()
         self.registry._lock = threading.Lock()
@@ -193,10 +203,12 @@ class Book:
         for child in self._children():
             for value in _get_values(child):
                 value._lock = threading.Lock()
-                if not keep:
-                    value._value = 0.0
+                value._value = 0.0
+        for value, number in self._parcel if keep else ():
+            value._value = number
         ledger, self.ledger = self.ledger, None
         self._clear()
+        self._parcel.clear()
         if ledger is not None:
             ledger.close(seal=False)
 

@@ -3,6 +3,7 @@
 The only mutable state of the package. Every hook says in which process it runs:
 
 - on_ready(): each process that loads the site. A server process claims; a management command does not.
+- _on_uwsgi_fork(): a worker, mule or spooler that uWSGI forked from a process that had loaded the site.
 - _on_request(): a server process, at its first request. From then on it is a worker for good.
 - _before_fork(), _after_fork_in_parent(): a process that is armed (it claimed once) and forks.
 - _after_fork_in_child(): its child.
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,15 @@ from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
-from django_promports.loop import Loop, Steps
+from django_promports.loop import READ, Loop, Steps
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
 
 # Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
 RETRY_SECONDS = 0.5
+# Seconds for a supervisor, asked by a worker that it started, to free its port.
+STEP_DOWN_SECONDS = 2.0
 # In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
 # than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
 # behind in ledgers of ports that nobody has. Seconds that they wait, and since when the other workers must have had
@@ -48,30 +54,38 @@ PORT = Gauge("promports_port", "The port that this process holds.")
 WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
 
 
-class _Reloading(Exception):
-    """Only ports are free that the site has never had, and workers have the others for long."""
+class _Undecided(Exception):
+    """It is too early to claim: the old workers of a reload still have their ports, or the user may change."""
 
 
 class _Process:
     """What this process holds, and what is known about it. A forked child begins with a new one."""
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
         self.lock = threading.RLock()
         self.port: int | None = None
         self.endpoint: Endpoint | None = None
         self.retry: threading.Thread | None = None
         self.stopping = threading.Event()
+        self.retrying_since = 0.0
+        self.is_waiting = False
         self.waiting_sign: Any = None
+        self.made_folder: Path | None = None
+        self.unsaid = ""
         self.broken = False
         # True once it served a request or called start(), and in its forked children, which are its own business.
         # Until then it may be a master, and a child of a master is a worker.
         self.is_worker = False
         self.forking_thread: int | None = None
+        self.was_retrying = False
 
 
 _process = _Process()
 _book = Book()
 _armed = False
+# Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
+_uwsgi_parcel: int | None = None
 
 
 def on_ready() -> None:
@@ -82,7 +96,11 @@ def on_ready() -> None:
     """
     request_started.connect(_on_request, dispatch_uid="django_promports")
     if "django.core.wsgi" in sys.modules or "django.core.asgi" in sys.modules:
-        _claim()
+        uwsgi = sys.modules.get("uwsgi")  # which exists inside uWSGI only
+        if uwsgi is not None and uwsgi.worker_id() == 0:
+            _await_uwsgi_fork(uwsgi)
+        else:
+            _claim()
 
 
 def start() -> int | None:
@@ -108,17 +126,35 @@ def port() -> int | None:
     return _process.port
 
 
-def _release(process: _Process) -> None:
-    process.stopping.set()
-    if process.retry is not None and process.retry is not threading.current_thread():
-        process.retry.join()
+def _release(process: _Process, *, undo: bool = False) -> None:
+    """Free the port. undo: leave no folder and no ledger behind that this process has made."""
+    _stop_retry(process)
     with process.lock:
         if process.endpoint is not None:
             process.endpoint.stop()
             logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
-            _book.close()
-        process.endpoint = process.port = process.retry = None
-        process.stopping = threading.Event()
+            _book.close(undo=undo)
+            if undo and process.made_folder is not None:
+                with suppress(OSError):  # others have their ledgers in it
+                    process.made_folder.rmdir()
+        process.endpoint = process.port = None
+
+
+def _stop_retry(process: _Process) -> bool:
+    """End the thread that waits for a port; False if there is none."""
+    process.stopping.set()
+    retry = process.retry
+    if retry is not None and retry is not threading.current_thread():
+        retry.join()
+    process.stopping = threading.Event()
+    process.retry = None
+    return retry is not None
+
+
+def _start_retry(process: _Process) -> None:
+    process.retrying_since = process.retrying_since or time.monotonic()
+    process.retry = threading.Thread(target=_retry, args=[process], name="promports-retry", daemon=True)
+    process.retry.start()
 
 
 def _on_request(**kwargs: Any) -> None:
@@ -127,39 +163,49 @@ def _on_request(**kwargs: Any) -> None:
     if hasattr(mail, "outbox"):
         return
     request_started.disconnect(dispatch_uid="django_promports")
-    _process.is_worker = True
+    if _process.pid != os.getpid():  # uWSGI forked it, and somebody has replaced our hook
+        _begin_in_uwsgi_child()
+    process = _process
+    process.is_worker = True
+    if process.unsaid:
+        logger.error(process.unsaid)
     _claim()
 
 
-def _claim() -> None:
+def _claim(*, at_once: bool = True) -> None:
+    """Claim a port, now or in a moment. Where that fails for good, say why, once."""
     process = _process
     try:
         if not conf.PROMPORTS_ENABLED:
             return
         with process.lock:
-            if process.endpoint is not None or process.retry is not None or process.broken:
+            if process.endpoint is not None or process.is_waiting or not _is_usable(process):
                 return
             _arm()
-            errors = [
-                message
-                for message in check_settings()
-                if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER  # said where it is opened
-            ]
-            for error in errors:
-                logger.error("%s %s This process serves no metrics. (%s)", error.msg, error.hint, error.id)
-            if errors:
-                process.broken = True
-                return
+            ports.relieve_parent(STEP_DOWN_SECONDS)
             try:
+                if not at_once:
+                    raise _Undecided
                 _serve(process, patient=True)
-            except (ports.RangeFull, _Reloading) as reason:
+            except (ports.RangeFull, _Undecided) as reason:
                 if isinstance(reason, ports.RangeFull):
                     _tell_full(process, reason)
-                process.retry = threading.Thread(target=_retry, args=[process], name="promports-retry", daemon=True)
-                process.retry.start()
+                if process.retry is None:
+                    _start_retry(process)
     except Exception:
         process.broken = True
         logger.exception("This process (pid %s) serves no metrics.", os.getpid())
+
+
+def _is_usable(process: _Process) -> bool:
+    """Whether nothing in the settings forbids to serve metrics; what does is logged once."""
+    if process.broken:
+        return False
+    for message in check_settings():
+        if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
+            logger.error("%s %s This process serves no metrics. (%s)", message.msg, message.hint, message.id)
+            process.broken = True
+    return not process.broken
 
 
 def _tell_full(process: _Process, full: ports.RangeFull) -> None:
@@ -169,12 +215,13 @@ def _tell_full(process: _Process, full: ports.RangeFull) -> None:
         full,
         os.getpid(),
     )
+    process.is_waiting = True
     process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
 
 
 def _serve(process: _Process, *, patient: bool) -> None:
     port_range = conf.PROMPORTS_PORT_RANGE
-    claim, ledger = _claim_with_ledger(port_range, patient)
+    claim, ledger = _claim_with_ledger(process, port_range, patient)
     try:
         if ledger is not None:
             _book.open(ledger)
@@ -192,12 +239,16 @@ def _serve(process: _Process, *, patient: bool) -> None:
         raise
     PORT.set(claim.port)
     WAITING.set_function(lambda: ports.count_waiting(port_range))
+    if not process.is_worker and (door := ports.open_door()):
+        endpoint.hold(_await_child(process, door), door)
     endpoint.start()
     process.endpoint, process.port = endpoint, claim.port
     logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
 
 
-def _claim_with_ledger(port_range: Sequence[int], patient: bool) -> tuple[ports.Claim, Ledger | None]:
+def _claim_with_ledger(
+    process: _Process, port_range: Sequence[int], patient: bool
+) -> tuple[ports.Claim, Ledger | None]:
     """Claim the lowest port that is free and whose ledger is too; where all ledgers are taken, the lowest free port."""
     folder = conf.PROMPORTS_LEDGER_DIR
     address = conf.PROMPORTS_ADDRESS
@@ -208,10 +259,11 @@ def _claim_with_ledger(port_range: Sequence[int], patient: bool) -> tuple[ports.
         while True:
             claim = ports.claim(address, [number for number in port_range if number not in {c.port for c in passed}])
             try:
-                make_folder(folder)
+                if make_folder(folder):
+                    process.made_folder = folder
                 if patient and _is_reload(folder, port_range, claim.port):
                     passed.append(claim)
-                    raise _Reloading
+                    raise _Undecided
                 return claim, Ledger(folder / f"{claim.port}.ledger", conf.project)
             except LedgerLocked:
                 passed.append(claim)
@@ -225,7 +277,11 @@ def _claim_with_ledger(port_range: Sequence[int], patient: bool) -> tuple[ports.
     finally:
         for other in passed:
             other.listener.close()
-    logger.error("Counting in memory: %s. What pid %s counts is lost when it ends.", reason, os.getpid())
+    said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
+    if os.geteuid() == 0 and not process.is_worker:  # a master of root's may have workers of the folder's user
+        process.unsaid = said
+    else:
+        logger.error(said)
     return claim, None
 
 
@@ -237,21 +293,20 @@ def _is_reload(folder: Path, port_range: Sequence[int], port: int) -> bool:
 
 
 def _retry(process: _Process) -> None:
-    began = time.monotonic()
     try:
         while not process.stopping.wait(RETRY_SECONDS):
             with process.lock:
-                if process.stopping.is_set():
+                if process.stopping.is_set() or process.endpoint is not None:
                     return
                 try:
-                    _serve(process, patient=time.monotonic() < began + PATIENCE_SECONDS)
-                except _Reloading:
+                    _serve(process, patient=time.monotonic() < process.retrying_since + PATIENCE_SECONDS)
+                except _Undecided:
                     continue
                 except ports.RangeFull as full:
-                    if process.waiting_sign is None:
+                    if not process.is_waiting:
                         _tell_full(process, full)
                     continue
-                process.retry = None
+                process.is_waiting = False
                 return
     except Exception:
         process.broken = True
@@ -304,25 +359,30 @@ def _arm() -> None:
 
 def _before_fork() -> None:
     process = _process
-    if not process.is_worker:
-        # A master: its first child may have the port, and it must not fork with threads of ours running.
-        _release(process)
+    if process.is_worker:
+        process.was_retrying = _stop_retry(process)
+    else:
+        # A master: its first child may have the port. The ledger is the workers', who may be of another user.
+        _release(process, undo=os.geteuid() == 0)
     process.lock.acquire()
     process.forking_thread = threading.get_ident()
     if process.endpoint is not None:
-        # The child inherits every lock as it is now; it must not inherit one that the endpoint's thread holds.
+        # A child inherits every lock as it is, without the thread that holds it. Python warns of that since 3.12.
         process.endpoint.pause()
+    if not process.is_worker:
+        _book.pack()
 
 
 def _after_fork_in_parent() -> None:
     process = _process
     if process.forking_thread == threading.get_ident():
         process.forking_thread = None
-        if process.endpoint is not None:
-            process.endpoint.unpause()
         try:
-            if not process.is_worker:
-                _book.hand_over()
+            if process.endpoint is not None:
+                process.endpoint.start()
+            elif process.was_retrying:
+                _start_retry(process)
+            _book.part_with_parcel()
         finally:
             process.lock.release()
 
@@ -343,7 +403,70 @@ def _after_fork_in_child() -> None:
         logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
     if not parent.is_worker:
         _prepare_gevent()
+        # gunicorn changes the user in the child, which is why one of root's claims with its first request, or soon.
+        _claim(at_once=os.geteuid() != 0)
+
+
+def _await_child(process: _Process, door: socket.socket) -> Steps[None]:
+    """Free the port of a supervisor, which loads the site and serves nothing, when a child comes that claims.
+
+    Supervisors that fork are known by that; this is for those that spawn, like hypercorn's with --reload.
+    """
+    while not process.is_worker:
+        yield door, READ
+        with suppress(OSError):
+            peer, _ = door.accept()
+            if ports.is_child(peer) and not process.is_worker:
+                threading.Thread(target=_step_down, args=[process, peer], daemon=True).start()
+                return
+            peer.close()
+
+
+def _step_down(process: _Process, peer: socket.socket) -> None:
+    try:
+        _release(process)
+    finally:
+        peer.close()  # which is what the child waits for
+
+
+def _await_uwsgi_fork(uwsgi: Any) -> None:
+    """Let workers claim that uWSGI forks from this process.
+
+    It forks in C, without telling Python, but for its own hook in the child:
+    https://uwsgi-docs.readthedocs.io/en/latest/PythonDecorators.html#uwsgidecorators.postfork
+    """
+    global _uwsgi_parcel
+    try:
+        if not conf.PROMPORTS_ENABLED or not _is_usable(_process):
+            return
+        _uwsgi_parcel, write_end = os.pipe()
+        os.set_blocking(_uwsgi_parcel, False)
+        os.write(write_end, b".")
+        uwsgi.post_fork_hook = partial(_on_uwsgi_fork, uwsgi, getattr(uwsgi, "post_fork_hook", None))
+    except Exception:
+        logger.exception("uWSGI's workers (of pid %s) serve metrics from their first request on.", os.getpid())
+
+
+def _on_uwsgi_fork(uwsgi: Any, site_hook: Callable[[], object] | None) -> None:
+    _begin_in_uwsgi_child()
+    if uwsgi.worker_id() > 0:  # no mule and no spooler
         _claim()
+    if site_hook is not None:
+        site_hook()
+
+
+def _begin_in_uwsgi_child() -> None:
+    global _process
+    parent, _process = _process, _Process()
+    _process.broken = parent.broken
+    try:
+        keep = False
+        with suppress(BlockingIOError):  # another child was first
+            keep = _uwsgi_parcel is not None and bool(os.read(_uwsgi_parcel, 1))
+        _book.pack()
+        _book.begin_in_child(keep=keep)
+    except Exception:
+        logger.exception("A worker of uWSGI (pid %s) could not begin.", os.getpid())
 
 
 def _prepare_gevent() -> None:

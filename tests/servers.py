@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -55,6 +56,16 @@ class Child:
             pids += [int(pid) for pid in (task / "children").read_text().split()]
         return pids
 
+    def survivors(self) -> list[str]:
+        """Return the processes of its session that still run, as the kernel names them."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                name, _, fields = path.read_text().rpartition(")")
+                if int(fields.split()[3]) == self.pid and fields.split()[0] not in "ZX":
+                    found.append(f"{name})")
+        return found
+
     def wait_until(self, condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
         return wait_until(condition, what, seconds, self.output)
 
@@ -92,14 +103,20 @@ def running(*arguments: str, log: Path, **env: str) -> Iterator[Child]:
         child.stop()
 
 
-class Gunicorn:
-    """gunicorn with the demo site: where it is, and what its endpoints say."""
+class Site:
+    """The demo site, served by something: where it is, and what its endpoints say."""
 
     def __init__(self, child: Child, address: str, ports: Sequence[int]) -> None:
         self.child, self.address, self.ports = child, address, ports
 
     def request(self, path: str = "/", method: str = "GET") -> int:
         return request(f"http://{self.address}{path}", method)
+
+    def is_listening(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5):
+            return True
+        return False
 
     def live(self) -> dict[int, int]:
         """Return the pid behind each port that answers."""
@@ -115,22 +132,31 @@ class Gunicorn:
 
 
 @contextlib.contextmanager
-def gunicorn(
-    tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: Any
-) -> Iterator[Gunicorn]:
-    """Run gunicorn on the demo site; the last of the ports is the site's, the others are the metrics'."""
+def serving(tmp_path: Path, ports: Sequence[int], *words: str, range_: str = "", **env: str) -> Iterator[Site]:
+    """Run a server of the demo site; the last of the ports is the site's, the others are the metrics'.
+
+    {port} in the server's command line stands for the site's.
+    """
     *metric_ports, site_port = ports
-    address = f"127.0.0.1:{site_port}"
     settings = {
+        "DJANGO_SETTINGS_MODULE": "demo_site.settings",
         "DEMO_PORT_RANGE": range_ or f"{metric_ports[0]}-{metric_ports[-1]}",
         "DEMO_DATABASE": str(database(tmp_path)),
         "PYTHONUNBUFFERED": "1",
         **env,
     }
-    arguments = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
-    arguments += ["-b", address, "-w", str(workers), *options]
-    with running(*arguments, log=tmp_path / "gunicorn.log", **settings) as child:
-        yield Gunicorn(child, address, metric_ports)
+    arguments = [word.replace("{port}", str(site_port)) for word in words]
+    with running(*arguments, log=tmp_path / "server.log", **settings) as child:
+        yield Site(child, f"127.0.0.1:{site_port}", metric_ports)
+
+
+def gunicorn(
+    tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: str
+) -> contextlib.AbstractContextManager[Site]:
+    """Run gunicorn on the demo site."""
+    words = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
+    words += ["-b", "127.0.0.1:{port}", "-w", str(workers), *options]
+    return serving(tmp_path, ports, *words, range_=range_, **env)
 
 
 def database(tmp_path: Path) -> Path:

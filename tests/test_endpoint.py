@@ -274,7 +274,7 @@ def test_a_burst_beyond_the_limit_leaves_no_connection_behind(serve: Callable[..
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", served.port))
             crowd.append(sock)
-        served.endpoint.unpause()
+        served.endpoint.start()
 
         assert served.ask(seconds=5)[0] == 200
         assert len(os.listdir("/proc/self/fd")) <= before + len(crowd) + MAX_CONNECTIONS
@@ -382,7 +382,7 @@ def test_scrapes_share_a_render_if_they_ask_for_the_same(
     for thread in crowd:
         thread.start()
     wait_until(lambda: sum(thread.is_alive() for thread in crowd) == 8, "all are on their way")
-    served.endpoint.unpause()
+    served.endpoint.start()
     for thread in crowd:
         thread.join()
 

@@ -20,7 +20,7 @@ import pytest
 from django_promports.ledger import Ledger, make_folder
 from tests.servers import (
     ROOT,
-    Gunicorn,
+    Site,
     Prometheus,
     database,
     export_targets,
@@ -84,11 +84,11 @@ class Traffic:
             return response.status
 
 
-def do_nothing(site: Gunicorn, seconds: float) -> None:
+def do_nothing(site: Site, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def kill_every_two_seconds(site: Gunicorn, seconds: float) -> None:
+def kill_every_two_seconds(site: Site, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(2)
@@ -96,7 +96,7 @@ def kill_every_two_seconds(site: Gunicorn, seconds: float) -> None:
         os.kill(random.choice(list(live.values())), signal.SIGKILL)
 
 
-def reload_twice(site: Gunicorn, seconds: float) -> None:
+def reload_twice(site: Site, seconds: float) -> None:
     for _ in range(2):
         time.sleep(seconds / 2)
         before = site.live()
@@ -111,7 +111,7 @@ def reload_twice(site: Gunicorn, seconds: float) -> None:
 
 
 # The options of gunicorn, what happens meanwhile, and how wide the range is.
-SCENARIOS: dict[str, tuple[list[str], Callable[[Gunicorn, float], None], int]] = {
+SCENARIOS: dict[str, tuple[list[str], Callable[[Site, float], None], int]] = {
     "plain": ([], do_nothing, 12),
     "recycle": (["--max-requests", "50"], do_nothing, 12),
     "preload-recycle": (["--preload", "--max-requests", "50"], do_nothing, 12),
@@ -171,7 +171,7 @@ def watched(
         yield server, [*metric_ports, site_port]
 
 
-def check(server: Prometheus, site: Gunicorn, traffic: Traffic) -> None:
+def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
     """Assert that ledgers and Prometheus have each answered request once, and at most once what was not answered."""
     site.child.wait_until(lambda: len(site.live()) == WORKERS, "all workers answer again")
     for asked, (metric, label) in COUNTED.items():
@@ -189,7 +189,7 @@ def check(server: Prometheus, site: Gunicorn, traffic: Traffic) -> None:
     assert server.count("shop_search_seconds_bucket{le='+Inf'}") == server.count("shop_search_seconds_count")
 
 
-def total(site: Gunicorn, metric: str, label: str) -> float:
+def total(site: Site, metric: str, label: str) -> float:
     """Return the sum over all workers, as they show it now."""
     samples = [sample for port in site.live() for sample in scrape(port).items()]
     return sum(

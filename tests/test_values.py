@@ -904,6 +904,8 @@ for fork in range(forks):
     count(100)
     book.close()    # the first time: it lets its port go before it forks; later it has none
     count(200)
+    book.pack()
+    count(300)
     pid = os.fork()
     if pid == 0:
         try:
@@ -916,7 +918,7 @@ for fork in range(forks):
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(0)
-    book.hand_over()
+    book.part_with_parcel()
     os.waitpid(pid, 0)
 count(7)
 book.open(Ledger(folder / "0.ledger", "site"))
@@ -929,7 +931,7 @@ for path in folder.glob("*.ledger"):
         for sample in metric.samples:
             found[sample.name] = found.get(sample.name, 0) + sample.value
     book.close()
-expected = 3 + 10 + 7 + forks * (100 + 200 + 300 + 400)
+expected = 3 + 10 + 7 + forks * (100 + 200 + 300 + 300 + 400)
 for name in ("events_total", "plain_total", "seconds_count", "seconds_sum"):
     print(name, found[name] - expected)
 """
