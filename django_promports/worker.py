@@ -45,9 +45,11 @@ RETRY_SECONDS = 0.5
 STEP_DOWN_SECONDS = 2.0
 # In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
 # than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
-# behind in ledgers of ports that nobody has. Seconds that they wait, and since when the other workers must have had
-# their ports for it to be a reload and no start.
+# behind in ledgers of ports that nobody has. Seconds that they wait, and wait on after each port that changed hands
+# (some servers replace one worker after the other), in all; and since when the other workers must have had their ports
+# for it to be a reload and no start.
 PATIENCE_SECONDS = 5.0
+MAX_PATIENCE_SECONDS = 30.0
 SETTLED_SECONDS = 5.0
 
 PORT = Gauge("promports_port", "The port that this process holds.")
@@ -186,7 +188,7 @@ def _claim(*, at_once: bool = True) -> None:
             try:
                 if not at_once:
                     raise _Undecided
-                _serve(process, patient=True)
+                _serve(process, waited=0.0)
             except (ports.RangeFull, _Undecided) as reason:
                 if isinstance(reason, ports.RangeFull):
                     _tell_full(process, reason)
@@ -219,9 +221,9 @@ def _tell_full(process: _Process, full: ports.RangeFull) -> None:
     process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
 
 
-def _serve(process: _Process, *, patient: bool) -> None:
+def _serve(process: _Process, *, waited: float) -> None:
     port_range = conf.PROMPORTS_PORT_RANGE
-    claim, ledger = _claim_with_ledger(process, port_range, patient)
+    claim, ledger = _claim_with_ledger(process, port_range, waited)
     try:
         if ledger is not None:
             _book.open(ledger)
@@ -247,7 +249,7 @@ def _serve(process: _Process, *, patient: bool) -> None:
 
 
 def _claim_with_ledger(
-    process: _Process, port_range: Sequence[int], patient: bool
+    process: _Process, port_range: Sequence[int], waited: float
 ) -> tuple[ports.Claim, Ledger | None]:
     """Claim the lowest port that is free and whose ledger is too; where all ledgers are taken, the lowest free port."""
     folder = conf.PROMPORTS_LEDGER_DIR
@@ -261,7 +263,7 @@ def _claim_with_ledger(
             try:
                 if make_folder(folder):
                     process.made_folder = folder
-                if patient and _is_reload(folder, port_range, claim.port):
+                if _is_reload(folder, port_range, claim.port, waited):
                     passed.append(claim)
                     raise _Undecided
                 return claim, Ledger(folder / f"{claim.port}.ledger", conf.project)
@@ -285,11 +287,15 @@ def _claim_with_ledger(
     return claim, None
 
 
-def _is_reload(folder: Path, port_range: Sequence[int], port: int) -> bool:
+def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
+    """Whether the port is new to the site, and another one will soon come free."""
     if read_opening(folder / f"{port}.ledger") is not None:
         return False
     openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]
-    return any(opening is not None and opening < time.time() - SETTLED_SECONDS for opening in openings)
+    ages = [time.time() - opening for opening in openings if opening is not None]
+    if waited < PATIENCE_SECONDS:
+        return any(age > SETTLED_SECONDS for age in ages)
+    return waited < MAX_PATIENCE_SECONDS and any(age < PATIENCE_SECONDS for age in ages)
 
 
 def _retry(process: _Process) -> None:
@@ -299,7 +305,7 @@ def _retry(process: _Process) -> None:
                 if process.stopping.is_set() or process.endpoint is not None:
                     return
                 try:
-                    _serve(process, patient=time.monotonic() < process.retrying_since + PATIENCE_SECONDS)
+                    _serve(process, waited=time.monotonic() - process.retrying_since)
                 except _Undecided:
                     continue
                 except ports.RangeFull as full:

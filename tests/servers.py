@@ -50,11 +50,7 @@ class Child:
         return self.log.read_text(errors="replace")
 
     def children(self) -> list[int]:
-        """Return the pids of the process's direct children that are no zombies."""
-        pids = []
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            pids += [int(pid) for pid in (task / "children").read_text().split()]
-        return pids
+        return children(self.pid)
 
     def survivors(self) -> list[str]:
         """Return the processes of its session that still run, as the kernel names them."""
@@ -92,6 +88,14 @@ def wait_until(condition: Callable[[], T], what: str, seconds: float = SECONDS, 
         if time.monotonic() > deadline:
             raise AssertionError(f"Waited {seconds} s in vain: {what}. Last: {value!r}\n{output()}")
         time.sleep(0.02)
+
+
+def children(parent: int) -> list[int]:
+    """Return the pids of a process's direct children."""
+    pids = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        pids += [int(pid) for pid in (task / "children").read_text().split()]
+    return pids
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ import pytest
 from django_promports.ledger import Ledger, make_folder
 from tests.servers import (
     ROOT,
-    Site,
     Prometheus,
+    Site,
     database,
     export_targets,
     gunicorn,
