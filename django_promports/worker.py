@@ -72,6 +72,7 @@ class _Process:
 _process = _Process()
 _book = Book()
 _armed = False
+_loaded_in: int | None = None  # the pid of the process that loaded the site: this one, or one that has forked it
 
 
 def on_ready() -> None:
@@ -80,6 +81,8 @@ def on_ready() -> None:
     Servers import the project's wsgi.py or asgi.py, and with it one of these modules, before the apps are loaded;
     management commands do not.
     """
+    global _loaded_in
+    _loaded_in = os.getpid()
     request_started.connect(_on_request, dispatch_uid="django_promports")
     if "django.core.wsgi" in sys.modules or "django.core.asgi" in sys.modules:
         _claim()
@@ -139,6 +142,9 @@ def _claim() -> None:
         with process.lock:
             if process.endpoint is not None or process.retry is not None or process.broken:
                 return
+            if not _armed and _loaded_in not in (None, os.getpid()):
+                # Its parent was not armed (a Celery pool.s is not): all its children have copies of what it counted.
+                _book.begin_in_child(keep=False)
             _arm()
             errors = [
                 message

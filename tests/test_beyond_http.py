@@ -24,7 +24,6 @@ pytestmark = pytest.mark.servers
 PAGE = (ROOT / "docs/beyond-http.md").read_text()
 # The code blocks that begin with the name of a file.
 PROGRAMS = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-LINK = "beyond-http.md"
 COUNT = 200
 POOLS = {
     "prefork": ["--pool=prefork", "--concurrency=4"],
@@ -136,10 +135,9 @@ def test_celery_counts_each_task_once(pool: str, shop: Shop, redis: None, row: R
     processes = 4 if pool == "prefork" else 1
     check(shop, celery(*POOLS[pool]), lambda: send_tasks(shop), processes)
 
-    row["server"], row["version"] = "Celery", versions("celery")
-    row["mode"] = f"{pool}, 4 children" if processes > 1 else pool
-    row["kill"] = f"{YES} {'child' if processes > 1 else 'worker, restarted'}"
-    row.update(ports=str(processes), exact=YES, notes=f"[two signals]({LINK}#celery)")
+    mode, killed = (f"{pool}, 4 children", "child") if processes > 1 else (pool, "restarted")
+    report(row, "Celery", "celery", mode, processes, "celery")
+    row["kill"] = f"{YES} {killed}"
 
 
 def test_celery_loses_nothing_when_children_are_replaced(shop: Shop, redis: None, row: Row) -> None:
@@ -152,9 +150,8 @@ def test_celery_loses_nothing_when_children_are_replaced(shop: Shop, redis: None
         assert shop.packed() == COUNT
         stop(child)
 
-    row["server"], row["version"] = "Celery", versions("celery")
-    row.update(mode="prefork, 4 children, `--max-tasks-per-child`", ports="4", exact=YES, recycle=YES)
-    row["notes"] = f"[two signals]({LINK}#celery)"
+    report(row, "Celery", "celery", "prefork, 4 children, `--max-tasks-per-child`", 4, "celery")
+    row["recycle"] = YES
 
 
 def test_what_the_parent_counted_is_in_no_childs_counts(shop: Shop, redis: None) -> None:
@@ -202,8 +199,7 @@ for _ in range(20):  # each is a connection of its own
 """
     check(shop, serve("grpc_server", processes, address), lambda: shop.python("-c", script), processes)
 
-    row["server"], row["version"] = "gRPC", versions("grpcio")
-    describe_processes(row, processes, "grpc")
+    report_processes(row, "gRPC", "grpcio", processes, "grpc")
 
 
 @pytest.mark.parametrize("processes", [1, 4], ids=["one-process", "forked"])
@@ -226,8 +222,7 @@ for _ in range(20):
 
     check(shop, serve("thrift_server", processes, *address), call, processes)
 
-    row["server"], row["version"] = "Thrift (thriftpy2)", versions("thriftpy2")
-    describe_processes(row, processes, "thrift")
+    report_processes(row, "Thrift", "thriftpy2", processes, "thrift")
 
 
 @pytest.mark.parametrize("processes", [1, 4], ids=["one-process", "forked"])
@@ -247,8 +242,7 @@ with Redis.from_url(os.environ["QUEUE"]) as redis:
     command = ["manage.py", "pack_orders", f"--processes={processes}"]
     check(shop, command, lambda: shop.python("-c", script), processes)
 
-    row["server"], row["version"] = "Management command", versions("django")
-    describe_processes(row, processes, "a-management-command")
+    report_processes(row, "management command", "django", processes, "a-management-command")
 
 
 def test_the_targets_of_a_service_have_its_range_and_label(shop: Shop) -> None:
@@ -334,7 +328,12 @@ def serve(module: str, processes: int, *address: object) -> list[str]:
     return ["-c", f"from shop.{module} import serve; from shop.processes import keep_running; {call}"]
 
 
-def describe_processes(row: Row, processes: int, section: str) -> None:
-    row["mode"] = f"{processes} forked children" if processes > 1 else "one process"
-    row["kill"] = f"{YES} {'child' if processes > 1 else 'restarted'}"
-    row.update(ports=str(processes), exact=YES, notes=f"[one line]({LINK}#{section})")
+def report_processes(row: Row, server: str, package: str, processes: int, section: str) -> None:
+    mode, killed = (f"{processes} forked children", "child") if processes > 1 else ("one process", "restarted")
+    report(row, server, package, mode, processes, section)
+    row["kill"] = f"{YES} {killed}"
+
+
+def report(row: Row, server: str, package: str, mode: str, ports: int, section: str) -> None:
+    row["server"], row["version"], row["mode"], row["ports"] = server, versions(package), mode, str(ports)
+    row["exact"], row["notes"] = YES, f"[how](beyond-http.md#{section})"
