@@ -57,7 +57,6 @@ class Shop:
         }
         files = {
             **{name: text for name, text in PROGRAMS.items() if name.startswith("shop/")},
-            "shop/__init__.py": "",
             "shop/management/__init__.py": "",
             "shop/management/commands/__init__.py": "",
             "shop/settings.py": "\n".join(
@@ -317,8 +316,7 @@ from shop.tasks import pack
 results = [pack.delay(number) for number in range({COUNT})]
 assert [result.get(timeout={SECONDS}) for result in results] == list(range({COUNT}))
 """
-    # That shop.celery is imported makes its app the one of shared tasks.
-    shop.python("-c", f"import shop.celery\n{script}")
+    shop.python("-c", script)
 
 
 def serve(module: str, processes: int, *address: object) -> list[str]:
