@@ -143,7 +143,7 @@ def _claim() -> None:
             if process.endpoint is not None or process.retry is not None or process.broken:
                 return
             if not _armed and _loaded_in not in (None, os.getpid()):
-                # Its parent was not armed (a Celery pool.s is not): all its children have copies of what it counted.
+                # Its parent was not armed (a Celery pool's is not): all its children have copies of what it counted.
                 _book.begin_in_child(keep=False)
             _arm()
             errors = [
