@@ -112,6 +112,8 @@ def start() -> int | None:
     nothing if the process has a port, and never raises: where no port is free the answer is None, and the
     process takes the first that comes free.
     """
+    if _process.pid != os.getpid():  # a parent without a port forked it, like that of a Celery pool
+        _begin_after_unseen_fork()
     _process.is_worker = True
     _claim()
     return port()
@@ -166,7 +168,7 @@ def _on_request(**kwargs: Any) -> None:
         return
     request_started.disconnect(dispatch_uid="django_promports")
     if _process.pid != os.getpid():  # uWSGI forked it, and somebody has replaced our hook
-        _begin_in_uwsgi_child()
+        _begin_after_unseen_fork()
     process = _process
     process.is_worker = True
     if process.unsaid:
@@ -454,14 +456,15 @@ def _await_uwsgi_fork(uwsgi: Any) -> None:
 
 
 def _on_uwsgi_fork(uwsgi: Any, site_hook: Callable[[], object] | None) -> None:
-    _begin_in_uwsgi_child()
+    _begin_after_unseen_fork()
     if uwsgi.worker_id() > 0:  # no mule and no spooler
         _claim()
     if site_hook is not None:
         site_hook()
 
 
-def _begin_in_uwsgi_child() -> None:
+def _begin_after_unseen_fork() -> None:
+    """Begin in a child of a process that was not armed, or forked in C: all its children have copies of its numbers."""
     global _process
     parent, _process = _process, _Process()
     _process.broken = parent.broken
@@ -472,7 +475,7 @@ def _begin_in_uwsgi_child() -> None:
         _book.pack()
         _book.begin_in_child(keep=keep)
     except Exception:
-        logger.exception("A worker of uWSGI (pid %s) could not begin.", os.getpid())
+        logger.exception("A forked child (pid %s) may count what its parent has counted.", os.getpid())
 
 
 def _prepare_gevent() -> None:

@@ -172,6 +172,28 @@ os.wait()
     assert done.stdout.split() == [str(free_ports[0]), "None", str(free_ports[1]), "None"], done.stderr
 
 
+def test_what_a_parent_without_a_port_counted_is_not_counted_again_by_its_children(free_ports: range) -> None:
+    script = """
+import os, django, django_promports
+from prometheus_client import Counter
+django.setup()
+counter = Counter("pieces", "Work done, by whom.", ["who"])
+counter.labels("parent").inc()
+for _ in range(3):
+    if os.fork() == 0:
+        port = django_promports.start()
+        counter.labels("child").inc()
+        from tests.servers import scrape
+        samples = scrape(port)
+        print(samples['pieces_total{who="parent"}'], samples['pieces_total{who="child"}'], flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+
+    assert done.stdout.splitlines() == ["0.0 1.0", "0.0 2.0", "0.0 3.0"], done.stderr
+
+
 def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_process: None, settings: Any) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports
 
