@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMPORTS_ADDRESS": "localhost", "PROMPORTS_PORT_RANGE": "", "PROMPORTS_ENABLED": 1}, ["E001", "E002", "E009"]),
 ]
 # Those that settings alone do not produce; each has a test of its own below.
-ELSEWHERE = {"W004", "E003", "E012", "W002", "W003"}
+ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003"}
 GOOD: list[dict[str, Any]] = [
     {},
     {"PROMPORTS_PORT_RANGE": [1024, 32767, 61000], "PROMPORTS_ENABLED": False},
@@ -161,6 +162,24 @@ def test_ids_are_unique_and_each_is_produced_by_a_test() -> None:
 
     assert len(written) == len(set(written))
     assert set(written) == {number for _, ids in WRONG for number in ids} | ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [({"master": True}, ["promports.E014"]), ({"enable-threads": True}, []), ({"threads": b"2"}, [])],
+    ids=["no-threads", "enable-threads", "threads"],
+)
+def test_uwsgi_without_threads_is_an_error(
+    options: dict[str, object], ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # uWSGI's own module is there inside uWSGI only; test_servers.py runs it.
+    monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(opt=options))
+
+    messages = checks.check_settings()
+
+    assert [message.id for message in messages] == ids
+    for message in messages:
+        _is_helpful(message)
 
 
 @pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])

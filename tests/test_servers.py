@@ -7,6 +7,8 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from django_promports.worker import SETTLED_SECONDS
 from tests.matrix import YES, Row, versions
-from tests.servers import ROOT, Site, children, database, describe, send_requests, serving
+from tests.servers import ROOT, Site, children, database, describe, scrape, send_requests, serving
 
 pytestmark = pytest.mark.servers
 
@@ -42,6 +44,9 @@ MASTER = ["--master", "--enable-threads"]
 PACKAGES = {"PYTHONPATH": sysconfig.get_path("purelib")}
 NOTE = "`HUP` makes pyuwsgi lose its virtual environment: have its packages in `PYTHONPATH`"
 RECYCLED = 25
+# The interpreter may lie in a folder of root's, and who is no longer root keeps the right to read there, and no other.
+CAPABILITIES = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search"
+MAY_READ = ["setpriv", "--securebits", "+no_setuid_fixup", "--bounding-set", CAPABILITIES]
 PATCHED = "`monkey.patch_all()` at the top of gunicorn.conf.py, as Django needs it"
 RELOADER = "the supervisor loads the site, and frees its port for the first worker"
 HYPERCORN = "it starts no other worker for a killed one: have the service restarted"
@@ -292,9 +297,6 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
     mode = ", ".join(["sync, started as root with --user and --group", *preload])
     row.update(Row(server="gunicorn", version=versions("gunicorn"), mode=mode))
     options = ["--user", "nobody", "--group", "nogroup", "--max-requests", str(RECYCLED), *preload]
-    # The interpreter may lie in root's own folder, and the worker keeps only the right to read there.
-    capabilities = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search"
-    may_read = ["setpriv", "--securebits", "+no_setuid_fixup", "--bounding-set", capabilities]
     # pytest's folders are root's as well.
     with tempfile.TemporaryDirectory() as folder:
         tmp_path = Path(folder)
@@ -302,7 +304,7 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
         database(tmp_path).chmod(0o666)
         monkeypatch.setenv("DEMO_LEDGER_DIR", str(tmp_path / "ledgers"))
         for start in range(2):  # at the second one the folder is there, and not root's
-            with serving(tmp_path, free_ports, *may_read, *GUNICORN, "-w", "4", *options) as site:
+            with serving(tmp_path, free_ports, *MAY_READ, *GUNICORN, "-w", "4", *options) as site:
                 site.wait_for_workers()
                 answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
                 assert answered == 200
@@ -340,3 +342,185 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
     notes = "end the old master within 5 s, or have no more ports than workers: last counts stay with a port"
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} USR2", notes=notes))
+
+
+def test_mod_wsgi(free_ports: range, row: Row, program: Callable[[str], str]) -> None:
+    program("apache2")
+    if os.geteuid() != 0:
+        pytest.skip("only root may change the user")
+    row.update(Row(server="mod_wsgi", version=versions("mod_wsgi"), mode="mod_wsgi-express, daemon mode", ports="3"))
+    *metric_ports, site_port = free_ports
+    with tempfile.TemporaryDirectory() as folder:
+        tmp_path = Path(folder)
+        tmp_path.chmod(0o777)
+        database(tmp_path).chmod(0o666)
+        words = [*MAY_READ, "mod_wsgi-express", "start-server", "demo_site/wsgi.py", "--host", "127.0.0.1"]
+        words += [
+            "--port",
+            str(site_port),
+            "--processes",
+            "3",
+            "--threads",
+            "2",
+            "--user",
+            "nobody",
+            "--group",
+            "nogroup",
+        ]
+        words += ["--working-directory", str(ROOT), "--server-root", f"{folder}/apache", "--log-to-terminal"]
+        words += ["--python-path", str(ROOT)]
+        with serving(tmp_path, free_ports, *words, DEMO_LEDGER_DIR=f"{folder}/ledgers") as site:
+            victim = site.wait_for_workers(3)[metric_ports[0]]
+            answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
+            os.kill(victim, signal.SIGKILL)
+            site.child.wait_until(
+                lambda: len(now := site.live()) == 3 and victim not in now.values(), "another daemon is there"
+            )
+            site.child.wait_until(site.is_listening, "the site is there")
+            answered += send_requests(20, lambda _: site.request(), threads=4).count(200)
+
+            assert sorted(site.live()) == metric_ports[:3]
+            assert site.total() == answered == 220
+            site.child.process.terminate()
+            site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
+    row.update(Row(exact=YES, recycle="not tried", kill=YES))
+
+
+def test_uwsgi_without_threads_serves_the_site_and_says_once_what_to_set(
+    free_ports: range, tmp_path: Path, row: Row
+) -> None:
+    with serving(tmp_path, free_ports, *UWSGI, "--master") as site:
+        site.child.wait_until(lambda: site.request() == 200, "the site answers")
+        send_requests(20, lambda _: site.request())
+
+        assert not site.live()
+        output = site.child.output()
+        assert output.count("promports.E014") == output.count("ERROR django_promports") == 1
+        assert "Set enable-threads = true" in output
+        assert "Traceback" not in output
+    notes = "set `enable-threads`: without, no thread of Python's runs; the log says so (`promports.E014`)"
+    row.update(Row(server="uWSGI", version=versions("pyuwsgi"), mode="without enable-threads", ports="0", notes=notes))
+    row.update(Row(exact="no ports", recycle="no ports", kill="no ports"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_uwsgi_calls_the_sites_own_hook_and_what_the_master_counted_is_exported_once(
+    when: str, free_ports: range, tmp_path: Path
+) -> None:
+    """before, after: when the site sets its hook, seen from the app; after, it takes the place of the app's."""
+    hook = "import uwsgi\nuwsgi.post_fork_hook = lambda: print('HOOK', uwsgi.worker_id(), flush=True)\n"
+    parts = {
+        "hook": hook,
+        "application": "from demo_site.wsgi import application\n",
+        "count": "from demo_site.metrics import ORDERS\nORDERS.labels('green').inc(7)\n",
+    }
+    order = ["hook", "application", "count"] if when == "before" else ["application", "hook", "count"]
+    (tmp_path / "hooked_wsgi.py").write_text("".join(parts[part] for part in order))
+    words = [word.replace("demo_site.wsgi", "hooked_wsgi") for word in UWSGI]
+    with serving(tmp_path, free_ports, *words, *MASTER, PYTHONPATH=f"{tmp_path}:{ROOT}") as site:
+        site.child.wait_until(site.is_listening, "the site is there")
+        site.child.wait_until(
+            lambda: send_requests(40, lambda _: site.request()) and len(site.live()) == 4, "each worker had a request"
+        )
+        assert site.child.output().count("HOOK") == 4
+        before = site.live()
+        os.kill(before[free_ports[0]], signal.SIGKILL)
+        site.child.wait_until(
+            lambda: send_requests(4, lambda _: site.request()) and len(now := site.live()) == 4 and now != before,
+            "another worker is there",
+        )
+        assert site.total('shop_orders_total{tea="green"}') == 7
+
+
+def test_runserver_through_ten_reloads(free_ports: range, tmp_path: Path, row: Row) -> None:
+    edited = tmp_path / "edited_site.py"
+    edited.write_text("from demo_site.settings import *\nDEBUG = True\n")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DJANGO_SETTINGS_MODULE": "edited_site"}
+    words = [sys.executable, "manage.py", "runserver", BIND]
+    answered = 0
+    with serving(tmp_path, free_ports, *words, **env) as site:
+        pids = set()
+        for reload in range(11):
+            site.child.wait_until(lambda: site.request() == 200, f"runserver answers after {reload} reloads")
+            answered += 1 + send_requests(9, lambda _: site.request(), threads=1).count(200)
+            (about,) = filter(None, map(describe, site.ports))
+            assert about["port"] == free_ports[0]
+            pids.add(about["pid"])
+            if reload < 10:
+                stamp = edited.stat().st_mtime + 10
+                os.utime(edited, (stamp, stamp))
+                site.child.wait_until(lambda: about["pid"] not in children(site.child.pid), "the child ends")  # noqa: B023
+
+        assert len(pids) == 11
+        assert answered == 110
+        site.child.wait_until(lambda: site.total() == answered, "every request is counted once")
+        os.killpg(site.child.pid, signal.SIGINT)  # Ctrl-C
+        site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
+        assert "Traceback" not in site.child.output()
+    row.update(Row(server="runserver", version=versions("django"), mode="with its reloader", ports="1", exact=YES))
+    row.update(Row(recycle=f"{YES} ten reloads", kill="one process", notes="the reloader's parent holds no port"))
+
+
+BLOCKED_ASGI = """
+import pathlib, time
+from demo_site.asgi import application as site
+
+async def application(scope, receive, send):
+    if scope["type"] == "http" and scope["path"] == "/block/":
+        pathlib.Path(__file__).with_name("blocked").touch()
+        time.sleep(2)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+    else:
+        await site(scope, receive, send)
+"""
+BLOCKED_WSGI = """
+import pathlib
+from gevent.monkey import get_original
+from demo_site.wsgi import application as site
+
+def application(environ, start_response):
+    if environ["PATH_INFO"] == "/block/":
+        pathlib.Path(__file__).with_name("blocked").touch()
+        get_original("time", "sleep")(2)
+        start_response("200 OK", [])
+        return [b""]
+    return site(environ, start_response)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "answers"),
+    [
+        ("asyncio", ["uvicorn", "--port", "{port}", "--loop", "asyncio", "blocked:application"], True),
+        ("uvloop", ["uvicorn", "--port", "{port}", "--loop", "uvloop", "blocked:application"], True),
+        ("gevent", [*GUNICORN, "-w", "1", "-k", "gevent", "blocked:application"], False),
+    ],
+    ids=["asyncio", "uvloop", "gevent"],
+)
+def test_scrape_while_the_event_loop_is_blocked(
+    kind: str, words: list[str], answers: bool, free_ports: range, tmp_path: Path
+) -> None:
+    """The endpoint is a thread, and needs no loop; under gevent threads are greenlets, and wait for the hub."""
+    (tmp_path / "blocked.py").write_text(BLOCKED_WSGI if kind == "gevent" else BLOCKED_ASGI)
+    with serving(tmp_path, free_ports, *words, PYTHONPATH=f"{tmp_path}:{ROOT}") as site:
+        site.wait_for_workers(1)
+        site.child.wait_until(site.is_listening, "the site is there")
+        site.request()  # what Django loads at its first request would be measured too
+        ended = 0.0
+
+        def ask() -> None:
+            nonlocal ended
+            site.request("/block/")
+            ended = time.monotonic()
+
+        client = threading.Thread(target=ask)
+        began = time.monotonic()
+        client.start()
+        site.child.wait_until((tmp_path / "blocked").exists, "the loop is blocked")
+        scrape(free_ports[0])
+        scraped = time.monotonic()
+        client.join()
+
+        assert ended - began >= 2
+        assert (scraped < ended) == answers

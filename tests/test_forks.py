@@ -1,0 +1,121 @@
+"""A fork in the middle of everything: no child inherits a lock that nobody will release."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.servers import ROOT
+
+PROCESS = """
+import faulthandler, logging, os, sys, threading, warnings
+faulthandler.dump_traceback_later(100, exit=True)
+import django
+if sys.argv[1] == "master":
+    import django.core.wsgi
+django.setup()
+from prometheus_client import Counter
+import django_promports
+from tests.servers import scrape
+
+if sys.argv[1] == "worker":
+    django_promports.start()
+port = django_promports.port()
+beats = Counter("beats", "Beats.", ["who"])
+"""
+
+BUSY = """
+class Unbuffered(logging.Handler):
+    # A stream's own lock is Python's business.
+    def emit(self, record):
+        os.write(null, self.format(record).encode())
+
+null = os.open(os.devnull, os.O_WRONLY)
+logging.getLogger().addHandler(Unbuffered())
+logger = logging.getLogger("django_promports")
+over = threading.Event()
+
+def keep(act):
+    def run():
+        while not over.wait(0.0005):
+            act()
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+counted = 0
+def count():
+    global counted
+    beats.labels("thread").inc()
+    counted += 1
+
+def look():
+    try:
+        scrape(port)
+    except OSError:  # a master has let go of it
+        pass
+
+threads = [keep(count), keep(lambda: logger.warning("beat")), keep(look)]
+try:
+    for number in range(500):
+        pid = os.fork()
+        if pid == 0:
+            beats.labels("child").inc()
+            logger.warning("beat")
+            if sys.argv[1] == "master":
+                django_promports.start()  # at once: a child of root's waits for what becomes of its user
+            os._exit(0 if (django_promports.port() is None) == (sys.argv[1] == "worker") else 1)
+        assert os.waitpid(pid, 0)[1] == 0, number
+finally:
+    over.set()
+    for thread in threads:
+        thread.join()
+django_promports.start()
+samples = scrape(django_promports.port())
+assert samples['beats_total{who="thread"}'] == counted, (samples, counted)
+assert samples.get('beats_total{who="child"}', 0) == (500 if sys.argv[1] == "master" else 0)
+print("DONE")
+"""
+
+# Nothing but ours is a thread here.
+ALONE = """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(50):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+assert not caught, [str(warning.message) for warning in caught]
+if sys.argv[1] == "worker":
+    assert scrape(port)["promports_port"] == port
+print("DONE")
+"""
+
+
+@pytest.mark.parametrize("kind", ["master", "worker"])
+def test_no_deadlock_in_500_forks_while_threads_scrape_log_and_count(kind: str, free_ports: range) -> None:
+    assert _run(PROCESS + BUSY, kind, free_ports[:1]) == ["DONE"]
+
+
+@pytest.mark.parametrize("kind", ["master", "worker"])
+def test_a_fork_does_not_warn_of_threads_of_ours(kind: str, free_ports: range) -> None:
+    assert _run(PROCESS + ALONE, kind, free_ports) == ["DONE"]
+
+
+def _run(script: str, kind: str, ports: range) -> list[str]:
+    env = {"DJANGO_SETTINGS_MODULE": "demo_site.settings", "DEMO_PORT_RANGE": f"{ports[0]}-{ports[-1]}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, kind],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-10000:]
+    return done.stdout.split()
