@@ -11,8 +11,12 @@ import pytest
 from tests.servers import ROOT
 
 PROCESS = """
-import faulthandler, logging, os, sys, threading, warnings
-faulthandler.dump_traceback_later(100, exit=True)
+import logging, os, sys, threading, warnings
+
+threads_at_forks = []
+# The first that is registered comes last before the fork.
+os.register_at_fork(before=lambda: threads_at_forks.append(len(os.listdir("/proc/self/task"))))
+
 import django
 if sys.argv[1] == "master":
     import django.core.wsgi
@@ -28,6 +32,9 @@ beats = Counter("beats", "Beats.", ["who"])
 """
 
 BUSY = """
+import faulthandler
+faulthandler.dump_traceback_later(100, exit=True)
+
 class Unbuffered(logging.Handler):
     # A stream's own lock is Python's business.
     def emit(self, record):
@@ -89,7 +96,11 @@ with warnings.catch_warnings(record=True) as caught:
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
-assert not caught, [str(warning.message) for warning in caught]
+assert threads_at_forks == [1] * 50, threads_at_forks
+# Python 3.13 counts the threads after those hooks that start one again, until 3.13.10:
+# https://github.com/python/cpython/issues/137109
+if not (3, 13) <= sys.version_info < (3, 13, 10):
+    assert not caught, [str(warning.message) for warning in caught]
 if sys.argv[1] == "worker":
     assert scrape(port)["promports_port"] == port
 print("DONE")
