@@ -13,9 +13,11 @@ import os
 import re
 import socket
 import ssl
+import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -26,10 +28,14 @@ APPLICATION = "django_promports"
 # Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
 ASK_SECONDS = 3.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# Lines of a document that are in memory together: so many that it goes fast.
+LINES_AT_ONCE = 1000
+
+_quote = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class TargetGroup(TypedDict):
-    targets: list[str]
+    targets: Iterable[str]
     labels: dict[str, str]
 
 
@@ -77,69 +83,91 @@ def check_label(name: object, value: object) -> None:
 
 def format_target(host: str, port: int) -> str:
     """Return host:port, with the brackets that an IPv6 address needs."""
-    return f"[{host}]:{port}" if _is_ipv6(host) else f"{host}:{port}"
+    return f"{_format_host(host)}:{port}"
 
 
 def target_groups(
-    targets: Sequence[tuple[str, int]],
+    targets: Mapping[str, Sequence[int]],
     *,
     labels: Mapping[str, str],
     ports: Sequence[int] = (),
     scheme: str = "http",
-) -> list[TargetGroup]:
-    """Return the target groups of (host, port) pairs: one, or one per port with a `worker` label if `ports` is given.
+) -> Iterator[TargetGroup]:
+    """Yield the target groups of hosts with their ports: one, or one per port with a `worker` label if `ports` is set.
 
-    `worker` is the place of the port in `ports`, counted from 0.
+    `worker` is the place of the port in `ports`, counted from 0. The targets of a group are made while they are read.
     """
     common = dict(labels)
     if scheme != "http":
         common["__scheme__"] = scheme
-    if not targets:
-        return []
-    if not ports:
-        return [{"targets": [format_target(*target) for target in targets], "labels": common}]
-    groups = []
+    hosts = {_format_host(host): numbers for host, numbers in targets.items() if numbers}
+    if not ports and hosts:
+        yield {"targets": (f"{host}:{port}" for host, numbers in hosts.items() for port in numbers), "labels": common}
     for worker, port in enumerate(ports):
-        members = [format_target(*target) for target in targets if target[1] == port]
+        members = [host for host, numbers in hosts.items() if port in numbers]
         if members:
-            groups.append(TargetGroup(targets=members, labels={**common, "worker": str(worker)}))
-    return groups
+            yield {"targets": map(f"{{}}:{port}".format, members), "labels": {**common, "worker": str(worker)}}
 
 
-def dump_json(groups: Sequence[TargetGroup]) -> bytes:
-    return (json.dumps(groups, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def dump_yaml(groups: Sequence[TargetGroup]) -> bytes:
-    """A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+def dump_json(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
+    """Yield what json.dumps(indent=2) returns, piece by piece."""
 
     def lines() -> Iterator[str]:
+        opening = "[\n"
         for group in groups:
-            yield "- targets:"
-            yield from (f"    - {_quote(target)}" for target in group["targets"])
+            separator = f'{opening}  {{\n    "targets": [\n'
+            for target in group["targets"]:
+                yield f"{separator}      {_quote(target)}"
+                separator = ",\n"
+            labels = json.dumps(group["labels"], indent=2, ensure_ascii=False).replace("\n", "\n    ")
+            yield f'\n    ],\n    "labels": {labels}\n  }}'
+            opening = ",\n"
+        yield "[]\n" if opening == "[\n" else "\n]\n"
+
+    return _encode(lines())
+
+
+def dump_yaml(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
+    """Yield a YAML document. A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+
+    def lines() -> Iterator[str]:
+        empty = True
+        for group in groups:
+            empty = False
+            yield "- targets:\n"
+            yield from (f"    - {_quote(target)}\n" for target in group["targets"])
             if group["labels"]:
-                yield "  labels:"
-                yield from (f"    {_quote(name)}: {_quote(value)}" for name, value in group["labels"].items())
+                yield "  labels:\n"
+                yield from (f"    {_quote(name)}: {_quote(value)}\n" for name, value in group["labels"].items())
+        if empty:
+            yield "[]\n"
 
-    return ("\n".join(lines() if groups else ["[]"]) + "\n").encode()
+    return _encode(lines())
 
 
-def write_file(path: Path, content: bytes) -> bool:
+def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
     """Put the content in the file, so that a reader sees the old one or the new one; False if it was there already.
 
     Prometheus watches the folder, so an unchanged file is left untouched, and the temporary one has a name that
-    no file_sd pattern matches. Raises OSError, and leaves the old file as it was.
+    no file_sd pattern matches. The content is made twice, once to compare. Raises OSError, and leaves the old file as
+    it was; a symbolic link is an error too, because Prometheus would not notice what changes behind it.
     """
     try:
-        if path.read_bytes() == content:
-            return False
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            is_folder, is_link = stat.S_ISDIR(mode), stat.S_ISLNK(mode)
+            what = "a directory" if is_folder else "a symbolic link" if is_link else "no regular file"
+            raise OSError(errno.EISDIR if is_folder else errno.EINVAL, f"Is {what}")
+        with path.open("rb") as old:
+            if all(old.read(len(piece)) == piece for piece in content()) and not old.read(1):
+                return False
     except FileNotFoundError:
         pass
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
-            file.write(content)
+            file.writelines(content())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -153,6 +181,17 @@ def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: st
     """Ask each (host, port) for a path and return the answers in order."""
     answers = yield from loop.gather((ask(site, host, port, path) for host, port in targets), ASK_SECONDS)
     return [answer or Answer("silent") for answer in answers]
+
+
+def find_live(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[dict[str, list[int]]]:
+    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host."""
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    answers = yield from ask_all(loop, site, asked)
+    live: dict[str, list[int]] = {host: [] for host in targets}
+    for (host, port), answer in zip(asked, answers, strict=True):
+        if answer.state == "live":
+            live[host].append(port)
+    return live
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
@@ -251,5 +290,10 @@ def _is_ipv6(host: str) -> bool:
         return False
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _format_host(host: str) -> str:
+    return f"[{host}]" if _is_ipv6(host) else host
+
+
+def _encode(lines: Iterator[str]) -> Iterator[bytes]:
+    while piece := "".join(islice(lines, LINES_AT_ONCE)):
+        yield piece.encode()

@@ -263,19 +263,25 @@ def test_a_wrong_option_says_what_is_wrong_and_leaves_the_file_alone(
         ("missing/django.json", "No such file or directory"),
         ("old.json/django.json", "Not a directory"),
         (".", "Is a directory"),
+        ("link.json", "Is a symbolic link"),
     ],
 )
 def test_an_output_that_cannot_be_written_says_why(output: str, reason: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("old\n")
+    (tmp_path / "link.json").symlink_to(old)
     path = tmp_path / output
-    message = f"{path} could not be written: {reason}. The folder must exist and be writable; nothing was changed."
+    message = (
+        f"{path} could not be written: {reason}. It must be a regular file, or new, in a folder that exists and is "
+        "writable; nothing was changed."
+    )
 
     with pytest.raises(CommandError, match=f"^{re.escape(message)}$"):
         call("export_targets", "--output", str(path))
 
     assert old.read_text() == "old\n"
-    assert os.listdir(tmp_path) == ["old.json"]
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "old.json"]
+    assert (tmp_path / "link.json").is_symlink()
 
 
 def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
@@ -294,7 +300,7 @@ def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
 
         done = run_python(code, str(output))
 
-        assert f"CommandError: {output} could not be written: Permission denied. The folder must" in done.stderr
+        assert f"CommandError: {output} could not be written: Permission denied. It must" in done.stderr
         assert output.read_text() == "old\n"
         assert os.listdir(folder) == ["django.json"]
         os.chmod(folder, 0o755)
@@ -339,7 +345,7 @@ def test_prometheus_accepts_what_is_written(program: Callable[[str], str], setti
         call("export_targets", "--format", format_, "--output", str(tmp_path / name), "--host", "::1", "--worker-label")
 
     accepted = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
-    targets.write_file(tmp_path / "c.sd.yml", b"- targets: no list\n")
+    targets.write_file(tmp_path / "c.sd.yml", lambda: [b"- targets: no list\n"])
     refused = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
 
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr

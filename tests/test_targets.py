@@ -150,12 +150,13 @@ def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address 
 @pytest.mark.parametrize(
     ("asked", "options", "expected"),
     [
-        ([], {}, []),
-        ([], {"ports": [1, 2], "scheme": "https"}, []),
-        ([("a", 1), ("::1", 2)], {}, [{"targets": ["a:1", "[::1]:2"], "labels": {"site": "shop"}}]),
-        ([("a", 1)], {"scheme": "https"}, [{"targets": ["a:1"], "labels": {"site": "shop", "__scheme__": "https"}}]),
+        ({}, {}, []),
+        ({"a": []}, {}, []),
+        ({"a": []}, {"ports": [1, 2], "scheme": "https"}, []),
+        ({"a": [1], "::1": [2]}, {}, [{"targets": ["a:1", "[::1]:2"], "labels": {"site": "shop"}}]),
+        ({"a": [1]}, {"scheme": "https"}, [{"targets": ["a:1"], "labels": {"site": "shop", "__scheme__": "https"}}]),
         (
-            [("a", 1), ("a", 4), ("b", 1)],
+            {"a": [1, 4], "b": [1]},
             {"ports": [1, 3, 4]},
             [
                 {"targets": ["a:1", "b:1"], "labels": {"site": "shop", "worker": "0"}},
@@ -165,25 +166,29 @@ def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address 
     ],
 )
 def test_targets_are_one_group_or_one_for_each_worker(
-    asked: Sequence[tuple[str, int]], options: dict[str, Any], expected: list[TargetGroup]
+    asked: dict[str, list[int]], options: dict[str, Any], expected: list[TargetGroup]
 ) -> None:
     labels = {"site": "shop"}
 
-    assert targets.target_groups(asked, labels=labels, **options) == expected
+    groups = targets.target_groups(asked, labels=labels, **options)
+
+    assert [{**group, "targets": list(group["targets"])} for group in groups] == expected
     assert labels == {"site": "shop"}
 
 
 @given(groups_of_targets)
 @quietly
 def test_yaml_and_json_say_the_same(groups: list[TargetGroup]) -> None:
-    assert json.loads(targets.dump_json(groups)) == groups
+    assert b"".join(targets.dump_json(groups)).decode() == json.dumps(groups, indent=2, ensure_ascii=False) + "\n"
     # Prometheus reads a group without labels as one with none.
-    assert [{"labels": {}, **group} for group in yaml.safe_load(targets.dump_yaml(groups))] == groups
+    loaded = yaml.safe_load(b"".join(targets.dump_yaml(groups)))
+    assert [{"labels": {}, **group} for group in loaded] == groups
 
 
 @pytest.mark.parametrize("groups", [[], [TargetGroup(targets=["a:1"], labels={"site": "Ω"})]])
 def test_a_document_is_readable_utf8_that_ends_with_a_newline(groups: list[TargetGroup]) -> None:
-    for content in (targets.dump_json(groups), targets.dump_yaml(groups)):
+    for dump in (targets.dump_json, targets.dump_yaml):
+        content = b"".join(dump(groups))
         assert content.endswith(b"\n")
         assert not groups or "Ω" in content.decode()
 
@@ -193,7 +198,7 @@ def test_everybody_can_read_a_written_file(umask: int, tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
     before = os.umask(umask)
     try:
-        written = targets.write_file(path, b"[]\n")
+        written = targets.write_file(path, lambda: [b"[]\n"])
     finally:
         os.umask(before)
 
@@ -205,15 +210,15 @@ def test_everybody_can_read_a_written_file(umask: int, tmp_path: Path) -> None:
 
 def test_a_file_that_says_it_already_is_left_untouched(tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
-    targets.write_file(path, b"[]\n")
+    targets.write_file(path, lambda: [b"[]\n"])
     before = path.stat()
 
-    written = targets.write_file(path, b"[]\n")
+    written = targets.write_file(path, lambda: [b"[]\n"])
 
     after = path.stat()
     assert not written
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert targets.write_file(path, b"[1]\n")
+    assert targets.write_file(path, lambda: [b"[1]\n"])
     assert path.stat().st_ino != before.st_ino
     assert list(tmp_path.iterdir()) == [path]
 
@@ -231,10 +236,47 @@ def test_a_file_that_cannot_be_is_an_error(name: str, error: type[OSError], tmp_
     old.write_bytes(b"old\n")
 
     with pytest.raises(error):
-        targets.write_file(tmp_path / name, b"[]\n")
+        targets.write_file(tmp_path / name, lambda: [b"[]\n"])
 
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_bytes() == b"old\n"
+
+
+@pytest.mark.parametrize("pieces", [[b"[", b"]"], [b"[]"], [b"[]\n", b"[]"]])
+def test_a_file_that_begins_like_the_new_one_or_goes_on_after_it_is_replaced(
+    pieces: list[bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "targets.json"
+    path.write_bytes(b"[]\n")
+
+    assert targets.write_file(path, pieces.copy)
+    assert path.read_bytes() == b"".join(pieces)
+    assert not targets.write_file(path, pieces.copy)
+
+
+def test_a_link_is_left_alone_and_so_is_what_it_leads_to(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "targets.json"
+    real.write_bytes(b"old\n")
+    link.symlink_to(real)
+
+    with pytest.raises(OSError, match="Is a symbolic link"):
+        targets.write_file(link, lambda: [b"[]\n"])
+
+    assert link.readlink() == real
+    assert real.read_bytes() == b"old\n"
+    assert set(tmp_path.iterdir()) == {real, link}
+
+
+def test_a_link_to_nothing_and_a_pipe_are_left_alone(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "missing")
+    os.mkfifo(pipe)
+
+    for path, what in ((link, "a symbolic link"), (pipe, "no regular file")):
+        with pytest.raises(OSError, match=f"Is {what}"):
+            targets.write_file(path, lambda: [b"[]\n"])
+
+    assert set(tmp_path.iterdir()) == {link, pipe}
 
 
 def test_a_read_only_folder_keeps_its_file() -> None:
@@ -245,7 +287,7 @@ def test_a_read_only_folder_keeps_its_file() -> None:
         os.chmod(folder, 0o555)
         code = (
             "import sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
-            f"{BECOME_NOBODY}targets.write_file(Path(sys.argv[1]), b'[]')"
+            f"{BECOME_NOBODY}targets.write_file(Path(sys.argv[1]), lambda: [b'[]'])"
         )
 
         done = run_python(code, str(old))
@@ -263,7 +305,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "targets.write_file(Path(sys.argv[1]), bytes(5000))"
+        "targets.write_file(Path(sys.argv[1]), lambda: [bytes(5000)])"
     )
 
     done = run_python(code, str(old))
@@ -275,8 +317,8 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
-    contents = [json.dumps([{"targets": ["a:1"] * count}]).encode() for count in (5000, 1)]
-    targets.write_file(path, contents[1])
+    contents = [[json.dumps([{"targets": ["a:1"] * count}]).encode()] for count in (5000, 1)]
+    targets.write_file(path, contents[1].copy)
     seen: list[bytes] = []
     stop = threading.Event()
 
@@ -287,12 +329,12 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(200):
-        targets.write_file(path, contents[number % 2])
+        targets.write_file(path, contents[number % 2].copy)
     wait_until(lambda: len(seen) > 20, "the reader reads")
     stop.set()
     reader.join()
 
-    assert set(seen) <= set(contents)
+    assert set(seen) <= {content for (content,) in contents}
     assert os.listdir(tmp_path) == ["targets.json"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,36 +62,38 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from None
         output: Path | None = options["output"]
         if output is None:
-            self.stdout.write(content.decode(), ending="")
+            for piece in content():
+                self.stdout.write(piece.decode(), ending="")
             return
         try:
             written = targets.write_file(output, content)
         except OSError as error:
             raise CommandError(
-                f"{output} could not be written: {error.strerror}. The folder must exist and be writable; "
-                "nothing was changed."
+                f"{output} could not be written: {error.strerror}. It must be a regular file, or new, in a folder that "
+                "exists and is writable; nothing was changed."
             ) from None
         if options["verbosity"] > 0 and written:
             self.stderr.write(f"Wrote {output}.", style_func=str)  # no error
         elif options["verbosity"] > 1:
             self.stderr.write(f"{output} was up to date.", style_func=str)
 
-    def content(self, **options: Any) -> bytes:
+    def content(self, **options: Any) -> Callable[[], Iterator[bytes]]:
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
         if options["worker_label"] and "worker" in labels:
             raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
-        hosts = list(dict.fromkeys(_parse_host(host) for host in options["host"])) or [conf.PROMPORTS_TARGET_HOST]
-        ports = conf.PROMPORTS_PORT_RANGE
-        exported = [(host, port) for host in hosts for port in ports]
+        hosts = list(dict.fromkeys(_parse_host(host) for host in options["host"]))
+        ports: Sequence[int] = conf.PROMPORTS_PORT_RANGE
         if options["live"]:
-            asked = exported if options["host"] else [(conf.local_address, port) for port in ports]
             with contextlib.closing(Loop()) as loop:
-                answers = loop.complete(targets.ask_all(loop, conf.site, asked))
-            exported = [target for target, answer in zip(exported, answers, strict=True) if answer.state == "live"]
-        groups = targets.target_groups(
-            exported, labels=labels, ports=ports if options["worker_label"] else (), scheme=conf.scheme
-        )
-        return targets.dump_yaml(groups) if options["format"] == "yaml" else targets.dump_json(groups)
+                asked = dict.fromkeys(hosts or [conf.local_address], ports)
+                exported: Mapping[str, Sequence[int]] = loop.complete(targets.find_live(loop, conf.site, asked))
+            if not hosts:
+                exported = {conf.PROMPORTS_TARGET_HOST: exported[conf.local_address]}
+        else:
+            exported = dict.fromkeys(hosts or [conf.PROMPORTS_TARGET_HOST], ports)
+        dump = targets.dump_yaml if options["format"] == "yaml" else targets.dump_json
+        scheme, workers = conf.scheme, ports if options["worker_label"] else ()
+        return lambda: dump(targets.target_groups(exported, labels=labels, ports=workers, scheme=scheme))
 
 
 def _parse_label(text: str) -> tuple[str, str]:
