@@ -161,5 +161,12 @@ def count_waiting(ports: Sequence[int]) -> int:
     return table.count(f" @{_waiting_name(ports)}")
 
 
+def format_waiting(count: int) -> str:
+    """Return how a person says how many processes wait."""
+    if count == 1:
+        return "1 process waits for a port and is not metered"
+    return f"{count} processes wait for a port and are not metered"
+
+
 def _waiting_name(ports: Sequence[int]) -> str:
     return f"django_promports/waiting/{ports[0]}-{ports[-1]}x{len(ports)}/"

@@ -40,12 +40,29 @@ class TargetGroup(TypedDict):
 
 
 class Answer(NamedTuple):
-    """What a port said. state is one of live, free, silent, other."""
+    """What a port said. state is one of live, free, silent, other; reason says why it is one of the last two."""
 
     state: str
     about: Mapping[str, Any] = {}
     body: bytes = b""
     seconds: float = 0.0
+    reason: str = ""
+
+
+class Seen(NamedTuple):
+    """What a look at a target found. scrape is None where no worker is live; its `about` has the number of series."""
+
+    host: str
+    port: int
+    answer: Answer
+    scrape: Answer | None
+
+    @property
+    def problem(self) -> str:
+        """Why Prometheus would not have this target's metrics; empty where it would, and where no process is."""
+        if self.scrape is not None and self.scrape.state != "live":
+            return f"/metrics: {self.scrape.reason}"
+        return self.answer.reason
 
 
 class Site(NamedTuple):
@@ -180,7 +197,31 @@ def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
 def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: str = "/") -> Steps[list[Answer]]:
     """Ask each (host, port) for a path and return the answers in order."""
     answers = yield from loop.gather((ask(site, host, port, path) for host, port in targets), ASK_SECONDS)
-    return [answer or Answer("silent") for answer in answers]
+    return [answer or _silent() for answer in answers]
+
+
+def look(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[list[Seen]]:
+    """Look at hosts at their ports: who is there, and whether a live worker's metrics can be scraped."""
+
+    def visit(host: str, port: int) -> Steps[Answer]:
+        try:
+            return (yield from ask(site, host, port))
+        except ValueError as error:
+            return Answer("other", reason=str(error))
+
+    def scrape(host: str, port: int) -> Steps[Answer]:
+        answer = yield from ask(site, host, port, "/metrics")
+        # Of many thousand targets nobody wants all expositions in memory.
+        return answer._replace(about={"series": count_samples(answer.body)}, body=b"")
+
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    answers = yield from loop.gather((visit(*target) for target in asked), ASK_SECONDS)
+    live = [target for target, answer in zip(asked, answers, strict=True) if answer and answer.state == "live"]
+    scrapes = yield from loop.gather((scrape(*target) for target in live), ASK_SECONDS)
+    scraped = {target: answer or _silent() for target, answer in zip(live, scrapes, strict=True)}
+    return [
+        Seen(*target, answer or _silent(), scraped.get(target)) for target, answer in zip(asked, answers, strict=True)
+    ]
 
 
 def find_live(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[dict[str, list[int]]]:
@@ -203,20 +244,28 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
         raise ValueError(f"{host!r} has no address") from None
     except ConnectionRefusedError:
         return Answer("free")
-    except (OSError, ValueError):
-        return Answer("other")
+    except (OSError, ValueError) as error:
+        return Answer("other", reason=str(error))
     seconds = time.monotonic() - began
+
+    def other(reason: str) -> Answer:
+        return Answer("other", seconds=seconds, reason=reason)
+
     lines = head.decode("latin-1").split("\r\n")
-    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]) or f"Server: {APPLICATION}" not in lines:
-        return Answer("other", seconds=seconds)
+    if not lines[0].startswith("HTTP/1.") or f"Server: {APPLICATION}" not in lines:
+        return other("another program has the port")
+    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]):
+        return other(f"the endpoint answers {lines[0][9:]!r}")
     if path != "/":
         return Answer("live", body=body, seconds=seconds)
     try:
         about = json.loads(body)
-        known = about["application"] == APPLICATION and about["project"] == site.project
+        application, project = about["application"], about["project"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return Answer("other", seconds=seconds)
-    return Answer("live" if known else "other", about, body, seconds)
+        return other("it answers garbage")
+    if application != APPLICATION or project != site.project:
+        return other(f"it is the endpoint of another site, {project!r}")
+    return Answer("live", about, body, seconds)
 
 
 def count_samples(exposition: bytes) -> int:
@@ -288,6 +337,10 @@ def _is_ipv6(host: str) -> bool:
         return ipaddress.ip_address(host).version == 6
     except ValueError:
         return False
+
+
+def _silent() -> Answer:
+    return Answer("silent", reason=f"no answer in {ASK_SECONDS:g} s")
 
 
 def _format_host(host: str) -> str:

@@ -346,7 +346,7 @@ def test_a_port_that_never_answers_is_silent(free_ports: range, monkeypatch: pyt
     monkeypatch.setattr(targets, "ASK_SECONDS", 0.2)
 
     with socket.create_server(("127.0.0.1", free_ports[0])):
-        assert _ask(free_ports[0]) == Answer("silent")
+        assert _ask(free_ports[0]) == Answer("silent", reason="no answer in 0.2 s")
 
 
 def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatc
 
         answers = _ask_all([("127.0.0.1", port) for port in free_ports])
 
-        assert answers == [Answer("silent")] * len(free_ports)
+        assert {answer.state for answer in answers} == {"silent"}
         assert time.monotonic() - began < 0.5 * len(free_ports) / 2
 
 

@@ -15,6 +15,8 @@ from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
+from django_promports.ports import count_waiting, format_waiting
+from django_promports.stopping import parse_seconds, stop_signals
 
 
 class Command(BaseCommand):
@@ -22,7 +24,16 @@ class Command(BaseCommand):
     requires_system_checks = (TAG,)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument(
+        destination = parser.add_mutually_exclusive_group()
+        destination.add_argument(
+            "--check",
+            action="store_true",
+            help="Write no list, but ask every target of it (those on this machine, where no host is given) and report "
+            "who answers. The exit status is 0 if each host has a live worker and all of them can be scraped, and 1 if "
+            "another program or site has one of the ports, an endpoint answers garbage, an error or too late, or a "
+            "process waits for a port. A free port is no fault.",
+        )
+        destination.add_argument(
             "--output",
             "-o",
             type=Path,
@@ -53,13 +64,44 @@ class Command(BaseCommand):
             action="store_true",
             help="Only the ports at which a worker of this site answers now: at the hosts given, or on this machine.",
         )
+        parser.add_argument(
+            "--watch",
+            type=parse_seconds,
+            metavar="SECONDS",
+            help="Keep --output current as --live makes it, looking every so many seconds until SIGTERM or Ctrl-C. "
+            "What fails at the start ends it; later it says so once, leaves the file as it is and tries again.",
+        )
         parser.add_argument("--format", choices=["json", "yaml"], default="json", help="Default: json.")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        try:
+        if options["check"]:
+            self.check_targets(**options)
+        elif options["watch"] is None:
+            self.write(**options)
+        elif options["output"] is None:
+            raise CommandError("--watch keeps a file current; name it with --output FILE.")
+        else:
+            self.watch(**{**options, "live": True})
+
+    def watch(self, **options: Any) -> None:
+        trouble = ""
+        with stop_signals() as told_to_stop:
+            self.write(**options)
+            while not told_to_stop(options["watch"]):
+                try:
+                    self.write(**options)
+                except CommandError as error:
+                    if str(error) != trouble:
+                        trouble = str(error)
+                        self.stderr.write(trouble)
+                else:
+                    if trouble:
+                        trouble = ""
+                        self.stderr.write(f"{options['output']} is kept current again.", style_func=str)
+
+    def write(self, **options: Any) -> None:
+        with _said_to_the_user():
             content = self.content(**options)
-        except (ImproperlyConfigured, ValueError) as error:
-            raise CommandError(str(error)) from None
         output: Path | None = options["output"]
         if output is None:
             for piece in content():
@@ -77,11 +119,32 @@ class Command(BaseCommand):
         elif options["verbosity"] > 1:
             self.stderr.write(f"{output} was up to date.", style_func=str)
 
+    def check_targets(self, **options: Any) -> None:
+        with _said_to_the_user(), contextlib.closing(Loop()) as loop:
+            hosts, ports = _hosts(**options), conf.PROMPORTS_PORT_RANGE
+            asked = dict.fromkeys(hosts or [conf.local_address], ports)
+            found = loop.complete(targets.look(loop, conf.site, asked))
+        idle, faults = dict.fromkeys(asked), 0
+        for seen in found:
+            pid = f"pid {seen.answer.about.get('pid')!r}" if seen.answer.state == "live" else ""
+            words = ", ".join(filter(None, [pid, seen.problem]))
+            self.stdout.write(f"{targets.format_target(seen.host, seen.port)}  {seen.answer.state:6}  {words}".rstrip())
+            faults += bool(seen.problem)
+            if seen.answer.state == "live":
+                idle.pop(seen.host, None)
+        wrong = [f"{faults} of {len(found)} ports cannot be scraped"] if faults else []
+        if idle:
+            wrong.append(f"no worker is live at {', '.join(idle)}")
+        if not hosts and (waiting := count_waiting(ports)):
+            wrong.append(format_waiting(waiting))
+        if wrong:
+            raise CommandError(f"Not all is well: {'; '.join(wrong)}.")
+
     def content(self, **options: Any) -> Callable[[], Iterator[bytes]]:
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
         if options["worker_label"] and "worker" in labels:
             raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
-        hosts = list(dict.fromkeys(_parse_host(host) for host in options["host"]))
+        hosts = _hosts(**options)
         ports: Sequence[int] = conf.PROMPORTS_PORT_RANGE
         if options["live"]:
             with contextlib.closing(Loop()) as loop:
@@ -94,6 +157,19 @@ class Command(BaseCommand):
         dump = targets.dump_yaml if options["format"] == "yaml" else targets.dump_json
         scheme, workers = conf.scheme, ports if options["worker_label"] else ()
         return lambda: dump(targets.target_groups(exported, labels=labels, ports=workers, scheme=scheme))
+
+
+@contextlib.contextmanager
+def _said_to_the_user() -> Iterator[None]:
+    try:
+        yield
+    except (ImproperlyConfigured, ValueError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _hosts(**options: Any) -> list[str]:
+    """Return the hosts of the command line, each once."""
+    return list(dict.fromkeys(_parse_host(host) for host in options["host"]))
 
 
 def _parse_label(text: str) -> tuple[str, str]:

@@ -14,8 +14,8 @@ from django.core.management.base import BaseCommand, CommandError
 from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
-from django_promports.loop import Loop, Steps
-from django_promports.ports import count_waiting, format_ports
+from django_promports.loop import Loop
+from django_promports.ports import count_waiting, format_ports, format_waiting
 
 COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
 # Columns of numbers stand right.
@@ -36,7 +36,9 @@ class Command(BaseCommand):
         try:
             ports = conf.PROMPORTS_PORT_RANGE
             with contextlib.closing(Loop()) as loop:
-                rows = loop.complete(_look(loop, ports))
+                rows = [
+                    _row(seen) for seen in loop.complete(targets.look(loop, conf.site, {conf.local_address: ports}))
+                ]
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from None
         waiting = count_waiting(ports)
@@ -50,34 +52,21 @@ class Command(BaseCommand):
         free = len(rows) - len(shown)
         self.stdout.write(f"{live} live, {free} of {len(rows)} ports free in {format_ports(ports)}.")
         if waiting:
-            wait = (
-                "1 process waits for a port and is" if waiting == 1 else f"{waiting} processes wait for a port and are"
-            )
-            text = f"{wait} not metered; widen PROMPORTS_PORT_RANGE."
-            self.stdout.write(self.style.ERROR(text))
+            self.stdout.write(self.style.ERROR(f"{format_waiting(waiting)}; widen PROMPORTS_PORT_RANGE."))
 
 
-def _look(loop: Loop, ports: Sequence[int]) -> Steps[list[dict[str, Any]]]:
-    site, address = conf.site, conf.local_address
-    answers = yield from targets.ask_all(loop, site, [(address, port) for port in ports])
-    live = [(address, port) for port, answer in zip(ports, answers, strict=True) if answer.state == "live"]
-    scrapes = dict(zip(live, (yield from targets.ask_all(loop, site, live, "/metrics")), strict=True))
-    rows = []
-    for port, answer in zip(ports, answers, strict=True):
-        about, scrape = answer.about, scrapes.get((address, port))
-        scraped = scrape is not None and scrape.state == "live"
-        rows.append(
-            {
-                "port": port,
-                "state": answer.state,
-                "pid": about.get("pid"),
-                "command": about.get("command"),
-                "uptime_seconds": about.get("uptime_seconds"),
-                "series": targets.count_samples(scrape.body) if scrape and scraped else None,
-                "scrape_seconds": round(scrape.seconds, 4) if scrape and scraped else None,
-            }
-        )
-    return rows
+def _row(seen: targets.Seen) -> dict[str, Any]:
+    about, scrape = seen.answer.about, seen.scrape
+    scraped = scrape is not None and scrape.state == "live"
+    return {
+        "port": seen.port,
+        "state": seen.answer.state,
+        "pid": about.get("pid"),
+        "command": about.get("command"),
+        "uptime_seconds": about.get("uptime_seconds"),
+        "series": scrape.about["series"] if scrape and scraped else None,
+        "scrape_seconds": round(scrape.seconds, 4) if scrape and scraped else None,
+    }
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
