@@ -28,10 +28,12 @@ APPLICATION = "django_promports"
 # Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
 ASK_SECONDS = 3.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# Lines of a document that are in memory together: so many that it goes fast.
-LINES_AT_ONCE = 1000
+# Targets of a document that are in memory together: so many that it goes fast.
+TARGETS_AT_ONCE = 1000
+# Of a list of hosts that is wrong in every line a person wants to see some.
+LINES_TOLD = 20
 
-_quote = json.JSONEncoder(ensure_ascii=False).encode
+_quote = json.encoder.encode_basestring
 
 
 class TargetGroup(TypedDict):
@@ -85,6 +87,32 @@ def check_host(host: str) -> str:
     return bare
 
 
+def parse_hosts(lines: Iterable[str]) -> list[str]:
+    """Return the hosts of a list with one on each line; blank lines and what follows a # are left out.
+
+    Raises ValueError, which names every line that is wrong.
+    """
+    places: dict[str, int] = {}
+    hosts, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            host = check_host(text)
+            if (place := places.setdefault(host.lower().rstrip("."), number)) != number:
+                raise ValueError(f"{text!r} is in line {place} already")
+            hosts.append(host)
+        except ValueError as error:
+            wrong.append(f"line {number}: {error}")
+    if wrong:
+        more = [f"and {len(wrong) - LINES_TOLD} more"] if len(wrong) > LINES_TOLD else []
+        raise ValueError("\n".join([*wrong[:LINES_TOLD], *more]))
+    if not hosts:
+        raise ValueError("it names no host")
+    return hosts
+
+
 def check_label(name: object, value: object) -> None:
     """Raise ValueError if Prometheus would refuse the label, or drop it."""
     # https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels
@@ -128,38 +156,60 @@ def target_groups(
 
 def dump_json(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
     """Yield what json.dumps(indent=2) returns, piece by piece."""
-
-    def lines() -> Iterator[str]:
-        opening = "[\n"
-        for group in groups:
-            separator = f'{opening}  {{\n    "targets": [\n'
-            for target in group["targets"]:
-                yield f"{separator}      {_quote(target)}"
-                separator = ",\n"
-            labels = json.dumps(group["labels"], indent=2, ensure_ascii=False).replace("\n", "\n    ")
-            yield f'\n    ],\n    "labels": {labels}\n  }}'
-            opening = ",\n"
-        yield "[]\n" if opening == "[\n" else "\n]\n"
-
-    return _encode(lines())
+    opening = "[\n"
+    for group in groups:
+        separator = f'{opening}  {{\n    "targets": [\n      '
+        for some in _batches(group["targets"]):
+            yield (separator + ",\n      ".join(map(_quote, some))).encode()
+            separator = ",\n      "
+        labels = json.dumps(group["labels"], indent=2, ensure_ascii=False).replace("\n", "\n    ")
+        yield f'\n    ],\n    "labels": {labels}\n  }}'.encode()
+        opening = ",\n"
+    yield b"[]\n" if opening == "[\n" else b"\n]\n"
 
 
 def dump_yaml(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
     """Yield a YAML document. A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+    empty = True
+    for group in groups:
+        empty = False
+        yield b"- targets:\n"
+        for some in _batches(group["targets"]):
+            yield "".join(f"    - {_quote(target)}\n" for target in some).encode()
+        if group["labels"]:
+            lines = (f"    {_quote(name)}: {_quote(value)}\n" for name, value in group["labels"].items())
+            yield "".join(["  labels:\n", *lines]).encode()
+    if empty:
+        yield b"[]\n"
+
+
+def dump_kubernetes(
+    name: str, ports: Sequence[int], *, labels: Mapping[str, str], worker: bool, scheme: str, secret: bool
+) -> Iterator[bytes]:
+    """Yield the named ports of the container, and a PodMonitor that scrapes each of them in every pod of this name.
+
+    labels: of every target. worker: label each with its place in the range. secret: send the token that is in a secret.
+    https://prometheus-operator.dev/docs/api-reference/api/#monitoring.coreos.com/v1.PodMonitor
+    """
 
     def lines() -> Iterator[str]:
-        empty = True
-        for group in groups:
-            empty = False
-            yield "- targets:\n"
-            yield from (f"    - {_quote(target)}\n" for target in group["targets"])
-            if group["labels"]:
-                yield "  labels:\n"
-                yield from (f"    {_quote(name)}: {_quote(value)}\n" for name, value in group["labels"].items())
-        if empty:
-            yield "[]\n"
+        yield "# Into the container, in the template of the pods:\nports:\n"
+        yield from (f"  - {{name: metrics-{port}, containerPort: {port}}}\n" for port in ports)
+        yield "---\n# Beside it; the selector is that of your pods.\n"
+        yield "apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\n"
+        yield f"metadata:\n  name: {_quote(name)}\nspec:\n"
+        yield f"  selector:\n    matchLabels:\n      app.kubernetes.io/name: {_quote(name)}\n  podMetricsEndpoints:\n"
+        for place, port in enumerate(ports):
+            yield f"    - port: metrics-{port}\n      path: /metrics\n      scheme: {scheme}\n"
+            if secret:
+                yield f"      authorization:\n        credentials: {{name: {name}-metrics, key: token}}\n"
+            if targeted := {**labels, **({"worker": str(place)} if worker else {})}:
+                yield "      relabelings:\n"
+            for label, value in targeted.items():
+                replacement = _quote(value.replace("$", "$$"))  # a single one begins a reference
+                yield f"        - {{targetLabel: {_quote(label)}, replacement: {replacement}}}\n"
 
-    return _encode(lines())
+    return (line.encode() for line in lines())
 
 
 def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
@@ -347,6 +397,7 @@ def _format_host(host: str) -> str:
     return f"[{host}]" if _is_ipv6(host) else host
 
 
-def _encode(lines: Iterator[str]) -> Iterator[bytes]:
-    while piece := "".join(islice(lines, LINES_AT_ONCE)):
-        yield piece.encode()
+def _batches(targets: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(targets)
+    while batch := list(islice(remaining, TARGETS_AT_ONCE)):
+        yield batch

@@ -30,7 +30,7 @@ from django_promports import targets
 from django_promports.ports import announce_waiting
 from django_promports.stopping import stop_signals
 from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python
-from tests.servers import SECONDS, Child, manage, running
+from tests.servers import ROOT, SECONDS, Child, manage, running
 
 # Nothing is claimed where these two are used.
 HTTP = ["127.0.0.1:19100", "127.0.0.1:19101"]
@@ -250,6 +250,14 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
             (["--watch", text], {}, f"Error: argument --watch: '{text}' is no number of seconds above 0")
             for text in ("0", "-1", "x", "nan", "1e9")
         ),
+        *(
+            (["--hosts-file", name], {}, f"--hosts-file {name} cannot be used:\n{reason}")
+            for name, reason in (("/missing", "No such file or directory"), ("/", "Is a directory"))
+        ),
+        *(
+            (["--format", "kubernetes", *words], {}, "--format kubernetes describes every pod; leave out .*")
+            for words in (["--host", "web1"], ["--hosts-file", "-"], ["--live"], ["--watch", "1"])
+        ),
         (["--check"], {}, "Error: argument --check: not allowed with argument --output/-o"),
         (["--live"], {"BEARER_TOKEN_FILE": "/missing"}, "PROMPORTS_BEARER_TOKEN_FILE is '/missing', .*"),
         (["--live"], {"TLS_CERTFILE": "/missing"}, "PROMPORTS_TLS_CERTFILE is '/missing', .*"),
@@ -351,6 +359,86 @@ def test_manage_py_fails_with_the_reason_on_standard_error(
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
     """Serve an endpoint of the site, as a process of its own knows it."""
     return endpoint(ports, project="demo_site.settings")
+
+
+def test_hosts_come_from_the_command_line_and_from_a_file(settings: Settings, tmp_path: Path) -> None:
+    settings.PROMPORTS_PORT_RANGE = "19100-19101"
+    inventory = tmp_path / "hosts"
+    inventory.write_bytes(b"\xef\xbb\xbfweb1\r\n\r\n# rack 2\r\n::1 # old\r\nweb0")
+
+    out, err = call("export_targets", "--host", "web0", "--hosts-file", str(inventory))
+
+    hosts = "web0", "web1", "[::1]"
+    assert json.loads(out) == [_group(*(f"{host}:{port}" for host in hosts for port in (19100, 19101)))]
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("inventory", "status", "targets_", "said"),
+    [
+        (b"web1\n\n# rack 2\nweb2\n", 0, ["web1:19100", "web2:19100"], "Wrote {}.\n"),
+        (
+            b"web1\n\nb\xfccher\nWEB1\nweb2:19100\n",
+            1,
+            ["old:1"],
+            (
+                "CommandError: --hosts-file - cannot be used:\n"
+                "line 3: 'b\\\\xfccher' is no host name and no IP address\n"
+                "line 4: 'WEB1' is in line 1 already\n"
+                "line 5: 'web2:19100' has a port in it; the ports come from PROMPORTS_PORT_RANGE\n"
+            ),
+        ),
+        (b"", 1, ["old:1"], "CommandError: --hosts-file - cannot be used:\nit names no host\n"),
+    ],
+    ids=["right", "wrong", "empty"],
+)
+def test_hosts_come_from_standard_input(
+    inventory: bytes, status: int, targets_: list[str], said: str, folder: Path
+) -> None:
+    output = folder / "django.json"
+    output.write_text('[{"targets": ["old:1"]}]')
+
+    done = subprocess.run(
+        [sys.executable, "manage.py", "export_targets", "--hosts-file", "-", "--output", str(output)],
+        input=inventory,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "DEMO_PORT_RANGE": "19100"},
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (status, b"", said.format(output))
+    assert _list(output) == targets_
+    assert os.listdir(folder) == ["django.json"]
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("0.0.0.0", ""),
+        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.\n"),
+    ],
+)
+def test_kubernetes_gets_the_range_and_the_settings(
+    address: str, said: str, settings: Settings, tmp_path: Path
+) -> None:
+    settings.ROOT_URLCONF = "Tea_Shop.urls"  # what the project is known by, in tests
+    settings.PROMPORTS_ADDRESS = address
+    settings.PROMPORTS_PORT_RANGE = [19100, 19105]
+    settings.PROMPORTS_TARGET_LABELS = {"site": "shop"}
+    settings.PROMPORTS_BEARER_TOKEN_FILE = tmp_path / "token"
+
+    out, err = call("export_targets", "--format", "kubernetes", "--label", "rack=2")
+
+    container, monitor = yaml.safe_load_all(out)
+    assert [port["name"] for port in container["ports"]] == ["metrics-19100", "metrics-19105"]
+    assert monitor["metadata"]["name"] == "tea-shop"
+    (first, second) = monitor["spec"]["podMetricsEndpoints"]
+    assert first == {**second, "port": "metrics-19100"}
+    assert first["authorization"]["credentials"] == {"name": "tea-shop-metrics", "key": "token"}
+    assert [rule["targetLabel"] for rule in first["relabelings"]] == ["site", "rack"]
+    assert err == said
 
 
 def _list(path: Path) -> list[str]:

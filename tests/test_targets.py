@@ -12,7 +12,8 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address, IPv6Address
@@ -104,6 +105,37 @@ def test_what_is_no_host_says_why(host: str, reason: str) -> None:
         targets.check_host(host)
 
 
+def test_a_list_of_hosts_has_one_on_each_line() -> None:
+    lines = ["web1\n", "\n", "  \t\n", "# rack 2\n", " [::1] # the old one\r\n", "10.0.0.1"]
+
+    assert targets.parse_hosts(lines) == ["web1", "::1", "10.0.0.1"]
+
+
+def test_every_line_that_is_no_host_or_a_repeated_one_is_named() -> None:
+    lines = ["web1", "a b", "web2:9100", "", "WEB1.", "web3", "web3"]
+
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - every word is compared
+        targets.parse_hosts(lines)
+
+    assert str(caught.value).splitlines() == [
+        "line 2: 'a b' is no host name and no IP address",
+        "line 3: 'web2:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE",
+        "line 5: 'WEB1.' is in line 1 already",
+        "line 7: 'web3' is in line 6 already",
+    ]
+
+
+def test_a_list_that_is_wrong_throughout_is_told_in_part() -> None:
+    with pytest.raises(ValueError, match=r"^(line \d+: '-' is .*\n){20}and 80 more$"):
+        targets.parse_hosts(["-"] * 100)
+
+
+@pytest.mark.parametrize("lines", [[], ["\n", "# web1\n"]])
+def test_a_list_without_a_host_is_an_error(lines: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^it names no host$"):
+        targets.parse_hosts(lines)
+
+
 @pytest.mark.parametrize("name", ["site", "_site", "Site_1", "no"])
 @pytest.mark.parametrize("value", ["shop", "", "a b", "Ω 'x' \"y\" \\", "{{ $x }}"])
 def test_prometheus_label_names_with_readable_values_are_labels(name: str, value: str) -> None:
@@ -191,6 +223,96 @@ def test_a_document_is_readable_utf8_that_ends_with_a_newline(groups: list[Targe
         content = b"".join(dump(groups))
         assert content.endswith(b"\n")
         assert not groups or "Ω" in content.decode()
+
+
+@pytest.mark.parametrize("dump", [targets.dump_json, targets.dump_yaml])
+@pytest.mark.parametrize("ports", [(), range(20_000, 20_320)], ids=["one group", "a group per port"])
+def test_a_long_list_is_never_in_memory_as_a_whole(
+    dump: Callable[[Iterable[TargetGroup]], Iterator[bytes]], ports: Sequence[int]
+) -> None:
+    hosts = dict.fromkeys((f"web{number}.example.com" for number in range(300)), range(20_000, 20_320))
+    tracemalloc.start()
+    try:
+        size = sum(map(len, dump(targets.target_groups(hosts, labels={"site": "shop"}, ports=ports))))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert size > 2_500_000
+    assert peak < 500_000
+
+
+# What the published definition says of the fields in use: https://github.com/prometheus-operator/prometheus-operator
+# (example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml, version 0.91). A dict is an object with no
+# other field, a list is an array, a regular expression is a string; fields with a * must be there.
+LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
+NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123
+SERVICE = r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?"  # IANA_SVC_NAME
+POD_MONITOR: dict[str, Any] = {
+    "apiVersion*": r"monitoring\.coreos\.com/v1",
+    "kind*": "PodMonitor",
+    "metadata*": {"name*": NAME},
+    "spec*": {
+        "selector*": {"matchLabels": {r"app.kubernetes.io/name": NAME}},
+        "podMetricsEndpoints": [
+            {
+                "port": SERVICE,
+                "path": r"/metrics",
+                "scheme": r"http|https",
+                "authorization": {"credentials": {"name": NAME, "key*": "token"}},
+                "relabelings": [{"targetLabel": LABEL, "replacement": r".*"}],
+            }
+        ],
+    },
+}
+CONTAINER: dict[str, Any] = {"ports": [{"name": SERVICE, "containerPort*": range(1, 65536)}]}
+
+
+def _check_schema(value: Any, schema: Any) -> None:
+    if isinstance(schema, dict):
+        known = {name.rstrip("*"): field for name, field in schema.items()}
+        assert set(value) <= set(known)
+        assert {name[:-1] for name in schema if name.endswith("*")} <= set(value)
+        for name, field in value.items():
+            _check_schema(field, known[name])
+    elif isinstance(schema, list):
+        assert isinstance(value, list)
+        for item in value:
+            _check_schema(item, schema[0])
+    elif isinstance(schema, range):
+        assert value in schema
+    else:
+        assert isinstance(value, str)
+        assert re.fullmatch(schema, value), value
+
+
+@pytest.mark.parametrize("name", ["demo-site", "no", "1"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": {}, "worker": False, "scheme": "http", "secret": False},
+        {"labels": {"site": 'shop: "1"', "no": "on", "cost": "$1"}, "worker": True, "scheme": "https", "secret": True},
+    ],
+    ids=["plain", "everything"],
+)
+def test_kubernetes_and_the_operator_know_every_field(name: str, options: dict[str, Any]) -> None:
+    ports = (1, 19100, 65535)
+
+    container, monitor = yaml.safe_load_all(b"".join(targets.dump_kubernetes(name, ports, **options)))
+
+    _check_schema(container, CONTAINER)
+    _check_schema(monitor, POD_MONITOR)
+    endpoints = monitor["spec"]["podMetricsEndpoints"]
+    assert [port["name"] for port in container["ports"]] == [endpoint["port"] for endpoint in endpoints]
+    assert [port["containerPort"] for port in container["ports"]] == list(ports)
+    assert {endpoint["scheme"] for endpoint in endpoints} == {options["scheme"]}
+    assert all(("authorization" in endpoint) == options["secret"] for endpoint in endpoints)
+    relabelings = [
+        {r["targetLabel"]: r["replacement"] for r in endpoint.get("relabelings", ())} for endpoint in endpoints
+    ]
+    workers = [{"worker": str(place)} if options["worker"] else {} for place in range(3)]
+    labels = {label: value.replace("$", "$$") for label, value in options["labels"].items()}
+    assert relabelings == [{**labels, **worker} for worker in workers]
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,12 @@ class Command(BaseCommand):
             "each has every port.",
         )
         parser.add_argument(
+            "--hosts-file",
+            metavar="FILE",
+            help="More hosts, one on each line of FILE or, where it is -, of standard input. Blank lines and what "
+            "follows a # are left out; a bad or repeated name is an error, and nothing is written.",
+        )
+        parser.add_argument(
             "--label",
             action="append",
             default=[],
@@ -71,7 +79,12 @@ class Command(BaseCommand):
             help="Keep --output current as --live makes it, looking every so many seconds until SIGTERM or Ctrl-C. "
             "What fails at the start ends it; later it says so once, leaves the file as it is and tries again.",
         )
-        parser.add_argument("--format", choices=["json", "yaml"], default="json", help="Default: json.")
+        parser.add_argument(
+            "--format",
+            choices=["json", "yaml", "kubernetes"],
+            default="json",
+            help="Default: json. kubernetes: the named ports of a container, and a PodMonitor that scrapes them.",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         if options["check"]:
@@ -144,6 +157,22 @@ class Command(BaseCommand):
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
         if options["worker_label"] and "worker" in labels:
             raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
+        if options["format"] == "kubernetes":
+            if options["host"] or options["hosts_file"] or options["live"]:
+                raise ValueError(
+                    "--format kubernetes describes every pod; leave out --host, --hosts-file, --live, --watch."
+                )
+            if ipaddress.ip_address(conf.PROMPORTS_ADDRESS).is_loopback:
+                self.stderr.write("PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.")
+            return partial(
+                targets.dump_kubernetes,
+                conf.slug,
+                conf.PROMPORTS_PORT_RANGE,
+                labels=labels,
+                worker=options["worker_label"],
+                scheme=conf.scheme,
+                secret=conf.PROMPORTS_BEARER_TOKEN_FILE is not None,
+            )
         hosts = _hosts(**options)
         ports: Sequence[int] = conf.PROMPORTS_PORT_RANGE
         if options["live"]:
@@ -168,8 +197,20 @@ def _said_to_the_user() -> Iterator[None]:
 
 
 def _hosts(**options: Any) -> list[str]:
-    """Return the hosts of the command line, each once."""
-    return list(dict.fromkeys(_parse_host(host) for host in options["host"]))
+    """Return the hosts of the command line and of the file, each once."""
+    hosts = [_parse_host(host) for host in options["host"]]
+    name = options["hosts_file"]
+    if name is not None:
+        try:
+            # What is no UTF-8 is no host name either, and shall be named with its line.
+            with open(
+                0 if name == "-" else name, encoding="utf-8-sig", errors="backslashreplace", closefd=name != "-"
+            ) as lines:
+                hosts += targets.parse_hosts(lines)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"--hosts-file {name} cannot be used:\n{reason}") from None
+    return list(dict.fromkeys(hosts))
 
 
 def _parse_label(text: str) -> tuple[str, str]:
