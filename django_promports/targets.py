@@ -274,13 +274,19 @@ def look(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[
     ]
 
 
-def find_live(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[dict[str, list[int]]]:
-    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host."""
+def find_live(
+    loop: Loop, site: Site, targets: Mapping[str, Sequence[int]], known: Mapping[str, Sequence[int]] = {}
+) -> Steps[dict[str, list[int]]]:
+    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host.
+
+    known: where workers were live before. One that is silent now counts: it is overloaded or hangs, which Prometheus
+    shall see. Raises ValueError if a host has no address.
+    """
     asked = [(host, port) for host, numbers in targets.items() for port in numbers]
     answers = yield from ask_all(loop, site, asked)
     live: dict[str, list[int]] = {host: [] for host in targets}
     for (host, port), answer in zip(asked, answers, strict=True):
-        if answer.state == "live":
+        if answer.state == "live" or (answer.state == "silent" and port in known.get(host, ())):
             live[host].append(port)
     return live
 

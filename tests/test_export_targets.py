@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -531,6 +532,39 @@ def test_a_watch_outlives_a_folder_that_is_gone_for_a_while_and_says_so_once(fre
         f"Wrote {output}.",
     ]
     assert os.listdir(folder) == ["targets.json"]
+
+
+def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, folder: Path) -> None:
+    about = {"application": "django_promports", "project": "demo_site.settings"}
+    answer = f"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n{json.dumps(about)}".encode()
+    with contextlib.ExitStack() as stack:
+        overloaded, _ = (stack.enter_context(socket.create_server(("127.0.0.1", port))) for port in free_ports[:2])
+        overloaded.settimeout(SECONDS)
+        child = stack.enter_context(_watching(folder, free_ports))
+
+        def lists(*ports: int) -> bool:
+            return _list(folder / "targets.json") == [f"127.0.0.1:{port}" for port in ports]
+
+        with overloaded.accept()[0] as peer:
+            peer.recv(65536)
+            peer.sendall(answer)
+        child.wait_until(lambda: lists(free_ports[0]), "the worker is listed, and not the program that says nothing")
+        # From now on neither says anything.
+        with worker(free_ports) as port:
+            child.wait_until(lambda: lists(free_ports[0], port), "another worker is listed too")
+
+
+def test_a_watched_inventory_is_read_once(free_ports: range, folder: Path) -> None:
+    output = folder / "targets.json"
+    command = [sys.executable, "manage.py", "export_targets", "--hosts-file", "-", "--output", str(output)]
+    log = folder.with_name("watch.log")
+    pipe = f"echo 127.0.0.1 | exec {shlex.join([*command, '--watch', '0.05'])}"
+    with running("bash", "-c", pipe, log=log, DEMO_PORT_RANGE=str(free_ports[0])) as child:
+        child.wait_until(output.exists, "an empty list is written")
+        with worker(free_ports) as port:
+            child.wait_until(lambda: _list(output) == [f"127.0.0.1:{port}"], "the worker is listed")
+
+    assert "cannot be used" not in child.output()
 
 
 def test_a_watch_that_is_wrong_from_the_start_ends(free_ports: range, folder: Path) -> None:

@@ -24,6 +24,8 @@ from django_promports.stopping import parse_seconds, stop_signals
 class Command(BaseCommand):
     help = "Writes the Prometheus file_sd target list that covers every port of PROMPORTS_PORT_RANGE."
     requires_system_checks = (TAG,)
+    # Where a worker was live when --watch looked last.
+    live: Mapping[str, Sequence[int]] = {}
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         destination = parser.add_mutually_exclusive_group()
@@ -77,7 +79,8 @@ class Command(BaseCommand):
             type=parse_seconds,
             metavar="SECONDS",
             help="Keep --output current as --live makes it, looking every so many seconds until SIGTERM or Ctrl-C. "
-            "What fails at the start ends it; later it says so once, leaves the file as it is and tries again.",
+            "What fails at the start ends it; later it says so once, leaves the file as it is and tries again. A "
+            "worker that answers too late stays in the file, so that its scrapes fail and do not vanish.",
         )
         parser.add_argument(
             "--format",
@@ -87,14 +90,18 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        if options["check"]:
-            self.check_targets(**options)
-        elif options["watch"] is None:
-            self.write(**options)
-        elif options["output"] is None:
+        watch = options["watch"] is not None
+        if watch and options["output"] is None:
             raise CommandError("--watch keeps a file current; name it with --output FILE.")
-        else:
-            self.watch(**{**options, "live": True})
+        options["live"] = options["live"] or watch
+        if options["format"] == "kubernetes" and (options["host"] or options["hosts_file"] or options["live"]):
+            raise CommandError(
+                "--format kubernetes describes every pod; leave out --host, --hosts-file, --live, --watch."
+            )
+        with _said_to_the_user():
+            options["hosts"] = _hosts(**options)
+        run = self.check_targets if options["check"] else self.watch if watch else self.write
+        run(**options)
 
     def watch(self, **options: Any) -> None:
         trouble = ""
@@ -134,7 +141,7 @@ class Command(BaseCommand):
 
     def check_targets(self, **options: Any) -> None:
         with _said_to_the_user(), contextlib.closing(Loop()) as loop:
-            hosts, ports = _hosts(**options), conf.PROMPORTS_PORT_RANGE
+            hosts, ports = options["hosts"], conf.PROMPORTS_PORT_RANGE
             asked = dict.fromkeys(hosts or [conf.local_address], ports)
             found = loop.complete(targets.look(loop, conf.site, asked))
         idle, faults = dict.fromkeys(asked), 0
@@ -158,10 +165,6 @@ class Command(BaseCommand):
         if options["worker_label"] and "worker" in labels:
             raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
         if options["format"] == "kubernetes":
-            if options["host"] or options["hosts_file"] or options["live"]:
-                raise ValueError(
-                    "--format kubernetes describes every pod; leave out --host, --hosts-file, --live, --watch."
-                )
             if ipaddress.ip_address(conf.PROMPORTS_ADDRESS).is_loopback:
                 self.stderr.write("PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.")
             return partial(
@@ -173,16 +176,13 @@ class Command(BaseCommand):
                 scheme=conf.scheme,
                 secret=conf.PROMPORTS_BEARER_TOKEN_FILE is not None,
             )
-        hosts = _hosts(**options)
-        ports: Sequence[int] = conf.PROMPORTS_PORT_RANGE
+        hosts, ports = options["hosts"], conf.PROMPORTS_PORT_RANGE
+        exported: Mapping[str, Sequence[int]] = dict.fromkeys(hosts or [conf.PROMPORTS_TARGET_HOST], ports)
         if options["live"]:
+            asked = dict.fromkeys(hosts or [conf.local_address], ports)
             with contextlib.closing(Loop()) as loop:
-                asked = dict.fromkeys(hosts or [conf.local_address], ports)
-                exported: Mapping[str, Sequence[int]] = loop.complete(targets.find_live(loop, conf.site, asked))
-            if not hosts:
-                exported = {conf.PROMPORTS_TARGET_HOST: exported[conf.local_address]}
-        else:
-            exported = dict.fromkeys(hosts or [conf.PROMPORTS_TARGET_HOST], ports)
+                self.live = loop.complete(targets.find_live(loop, conf.site, asked, self.live))
+            exported = dict(zip(exported, self.live.values(), strict=True))
         dump = targets.dump_yaml if options["format"] == "yaml" else targets.dump_json
         scheme, workers = conf.scheme, ports if options["worker_label"] else ()
         return lambda: dump(targets.target_groups(exported, labels=labels, ports=workers, scheme=scheme))
