@@ -545,10 +545,13 @@ def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, 
         def lists(*ports: int) -> bool:
             return _list(folder / "targets.json") == [f"127.0.0.1:{port}" for port in ports]
 
-        with overloaded.accept()[0] as peer:
-            peer.recv(65536)
-            peer.sendall(answer)
-        child.wait_until(lambda: lists(free_ports[0]), "the worker is listed, and not the program that says nothing")
+        def answer_a_look() -> bool:
+            with overloaded.accept()[0] as peer:
+                peer.recv(65536)
+                peer.sendall(answer)
+            return lists(free_ports[0])
+
+        child.wait_until(answer_a_look, "the worker is listed, and not the program that says nothing")
         # From now on neither says anything.
         with worker(free_ports) as port:
             child.wait_until(lambda: lists(free_ports[0], port), "another worker is listed too")
@@ -631,7 +634,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
     free_ports: range, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports[:7]
-    monkeypatch.setattr(targets, "ASK_SECONDS", 1.0)
+    monkeypatch.setattr(targets, "ASK_SECONDS", 2.0)
     slow, registry = SlowCollector(), CollectorRegistry()
     registry.register(slow)
     garbage = b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n<html>"
@@ -651,10 +654,10 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         [str(free_ports[0]), "live", "pid 1"],
         [str(free_ports[1]), "other", "another program has the port"],
         [str(free_ports[2]), "other", "it answers garbage"],
-        [str(free_ports[3]), "silent", "no answer in 1 s"],
+        [str(free_ports[3]), "silent", "no answer in 2 s"],
         [str(free_ports[4]), "other", "it is the endpoint of another site, 'another'"],
         [str(free_ports[5]), "other", "the endpoint answers '401 Unauthorized'"],
-        [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 1 s"],
+        [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 2 s"],
     ]
     assert wrong == "Not all is well: 6 of 7 ports cannot be scraped."
 
