@@ -1,4 +1,4 @@
-"""docs/fleet.md: its configurations are Prometheus', and its arithmetic is right."""
+"""Configurations in the docs are Prometheus', and the arithmetic of docs/fleet.md is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from tests.servers import ROOT
 
 PAGE = (ROOT / "docs/fleet.md").read_text()
-CONFIGURATIONS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+CONFIGURATIONS = re.findall(r"^```yaml\n(.*?)^```", README + PAGE, re.MULTILINE | re.DOTALL)
 WORKERS, SERIES, SECONDS, ADDED = 4, 1000, 15, 5
 
 

@@ -94,14 +94,16 @@ class Command(BaseCommand):
         from rich.text import Text
 
         def show(rows: Rows, waiting: int) -> None:
-            table = Table(title=strftime("%X"), title_justify="left", box=None)
+            table = Table(box=None)
             header, *cells = _cells(rows) or [list(COLUMNS)]
             for name in header:
                 table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
             for port, state, *others in cells:
                 table.add_row(port, Text(state, COLOURS[state]), *map(Text, others))
             summary, *warnings = _summary(rows, waiting)
-            live.update(Group(table, summary, *(Text(warning, "bold red") for warning in warnings)), refresh=True)
+            # On a low terminal the end is cut off, which may as well be ports.
+            top = Text(f"{strftime('%X')}  {summary}")
+            live.update(Group(top, *(Text(warning, "bold red") for warning in warnings), table), refresh=True)
 
         console = Console(no_color=options["no_color"] or None, highlight=False)
         with Live(console=console, auto_refresh=False) as live:
