@@ -32,6 +32,7 @@ MIDDLEWARE = [
 PROMPORTS_ADDRESS = os.environ.get("DEMO_ADDRESS", "127.0.0.1")
 if "DEMO_LEDGER_DIR" in os.environ:
     PROMPORTS_LEDGER_DIR = os.environ["DEMO_LEDGER_DIR"] or None
+PROMPORTS_BEARER_TOKEN_FILE = os.environ.get("DEMO_TOKEN_FILE")
 PROMPORTS_PORT_RANGE = os.environ.get("DEMO_PORT_RANGE", "19100-19131")
 
 # django-prometheus' back ends time the queries and count the cache's hits.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from django.urls import path
+from django.urls import include, path
 
 from demo_site import views
 
@@ -10,4 +10,5 @@ urlpatterns = [
     path("teas/<int:pk>/order/", views.order, name="order"),
     path("search/", views.search, name="search"),
     path("broken/", views.broken, name="broken"),
+    path("metrics/", include("django_promports.urls")),
 ]

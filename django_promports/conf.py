@@ -108,6 +108,11 @@ class Conf:
         return settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django"
 
     @property
+    def slug(self) -> str:
+        """The project's name as Kubernetes wants names (RFC 1123)."""
+        return re.sub(r"[^a-z0-9]+", "-", self.project.partition(".")[0].lower()).strip("-")[:40] or "django"
+
+    @property
     def local_address(self) -> str:
         """The address at which this machine reaches its own endpoints."""
         return WILDCARDS.get(self.PROMPORTS_ADDRESS, self.PROMPORTS_ADDRESS)

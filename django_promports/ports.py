@@ -199,5 +199,12 @@ def _door_name(pid: int) -> str:
     return f"\0django_promports/door/{pid}"
 
 
+def format_waiting(count: int) -> str:
+    """Return how a person says how many processes wait."""
+    if count == 1:
+        return "1 process waits for a port and is not metered"
+    return f"{count} processes wait for a port and are not metered"
+
+
 def _waiting_name(ports: Sequence[int]) -> str:
     return f"django_promports/waiting/{ports[0]}-{ports[-1]}x{len(ports)}/"

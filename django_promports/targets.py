@@ -13,9 +13,11 @@ import os
 import re
 import socket
 import ssl
+import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -26,20 +28,43 @@ APPLICATION = "django_promports"
 # Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
 ASK_SECONDS = 3.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# Targets of a document that are in memory together: so many that it goes fast.
+TARGETS_AT_ONCE = 1000
+# Of a list of hosts that is wrong in every line a person wants to see some.
+LINES_TOLD = 20
+
+_quote = json.encoder.encode_basestring
 
 
 class TargetGroup(TypedDict):
-    targets: list[str]
+    targets: Iterable[str]
     labels: dict[str, str]
 
 
 class Answer(NamedTuple):
-    """What a port said. state is one of live, free, silent, other."""
+    """What a port said. state is one of live, free, silent, other; reason says why it is one of the last two."""
 
     state: str
     about: Mapping[str, Any] = {}
     body: bytes = b""
     seconds: float = 0.0
+    reason: str = ""
+
+
+class Seen(NamedTuple):
+    """What a look at a target found. scrape is None where no worker is live; its `about` has the number of series."""
+
+    host: str
+    port: int
+    answer: Answer
+    scrape: Answer | None
+
+    @property
+    def problem(self) -> str:
+        """Why Prometheus would not have this target's metrics; empty where it would, and where no process is."""
+        if self.scrape is not None and self.scrape.state != "live":
+            return f"/metrics: {self.scrape.reason}"
+        return self.answer.reason
 
 
 class Site(NamedTuple):
@@ -62,6 +87,32 @@ def check_host(host: str) -> str:
     return bare
 
 
+def parse_hosts(lines: Iterable[str]) -> list[str]:
+    """Return the hosts of a list with one on each line; blank lines and what follows a # are left out.
+
+    Raises ValueError, which names every line that is wrong.
+    """
+    places: dict[str, int] = {}
+    hosts, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            host = check_host(text)
+            if (place := places.setdefault(host.lower().rstrip("."), number)) != number:
+                raise ValueError(f"{text!r} is in line {place} already")
+            hosts.append(host)
+        except ValueError as error:
+            wrong.append(f"line {number}: {error}")
+    if wrong:
+        more = [f"and {len(wrong) - LINES_TOLD} more"] if len(wrong) > LINES_TOLD else []
+        raise ValueError("\n".join([*wrong[:LINES_TOLD], *more]))
+    if not hosts:
+        raise ValueError("it names no host")
+    return hosts
+
+
 def check_label(name: object, value: object) -> None:
     """Raise ValueError if Prometheus would refuse the label, or drop it."""
     # https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels
@@ -77,69 +128,113 @@ def check_label(name: object, value: object) -> None:
 
 def format_target(host: str, port: int) -> str:
     """Return host:port, with the brackets that an IPv6 address needs."""
-    return f"[{host}]:{port}" if _is_ipv6(host) else f"{host}:{port}"
+    return f"{_format_host(host)}:{port}"
 
 
 def target_groups(
-    targets: Sequence[tuple[str, int]],
+    targets: Mapping[str, Sequence[int]],
     *,
     labels: Mapping[str, str],
     ports: Sequence[int] = (),
     scheme: str = "http",
-) -> list[TargetGroup]:
-    """Return the target groups of (host, port) pairs: one, or one per port with a `worker` label if `ports` is given.
+) -> Iterator[TargetGroup]:
+    """Yield the target groups of hosts with their ports: one, or one per port with a `worker` label if `ports` is set.
 
-    `worker` is the place of the port in `ports`, counted from 0.
+    `worker` is the place of the port in `ports`, counted from 0. The targets of a group are made while they are read.
     """
     common = dict(labels)
     if scheme != "http":
         common["__scheme__"] = scheme
-    if not targets:
-        return []
-    if not ports:
-        return [{"targets": [format_target(*target) for target in targets], "labels": common}]
-    groups = []
+    hosts = {_format_host(host): numbers for host, numbers in targets.items() if numbers}
+    if not ports and hosts:
+        yield {"targets": (f"{host}:{port}" for host, numbers in hosts.items() for port in numbers), "labels": common}
     for worker, port in enumerate(ports):
-        members = [format_target(*target) for target in targets if target[1] == port]
+        members = [host for host, numbers in hosts.items() if port in numbers]
         if members:
-            groups.append(TargetGroup(targets=members, labels={**common, "worker": str(worker)}))
-    return groups
+            yield {"targets": map(f"{{}}:{port}".format, members), "labels": {**common, "worker": str(worker)}}
 
 
-def dump_json(groups: Sequence[TargetGroup]) -> bytes:
-    return (json.dumps(groups, indent=2, ensure_ascii=False) + "\n").encode()
+def dump_json(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
+    """Yield what json.dumps(indent=2) returns, piece by piece."""
+    opening = "[\n"
+    for group in groups:
+        separator = f'{opening}  {{\n    "targets": [\n      '
+        for some in _batches(group["targets"]):
+            yield (separator + ",\n      ".join(map(_quote, some))).encode()
+            separator = ",\n      "
+        labels = json.dumps(group["labels"], indent=2, ensure_ascii=False).replace("\n", "\n    ")
+        yield f'\n    ],\n    "labels": {labels}\n  }}'.encode()
+        opening = ",\n"
+    yield b"[]\n" if opening == "[\n" else b"\n]\n"
 
 
-def dump_yaml(groups: Sequence[TargetGroup]) -> bytes:
-    """A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+def dump_yaml(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
+    """Yield a YAML document. A JSON string is a YAML string too: https://yaml.org/spec/1.2.2/#json-compatibility."""
+    empty = True
+    for group in groups:
+        empty = False
+        yield b"- targets:\n"
+        for some in _batches(group["targets"]):
+            yield "".join(f"    - {_quote(target)}\n" for target in some).encode()
+        if group["labels"]:
+            lines = (f"    {_quote(name)}: {_quote(value)}\n" for name, value in group["labels"].items())
+            yield "".join(["  labels:\n", *lines]).encode()
+    if empty:
+        yield b"[]\n"
+
+
+def dump_kubernetes(
+    name: str, ports: Sequence[int], *, labels: Mapping[str, str], worker: bool, scheme: str, secret: bool
+) -> Iterator[bytes]:
+    """Yield the named ports of the container, and a PodMonitor that scrapes each of them in every pod of this name.
+
+    labels: of every target. worker: label each with its place in the range. secret: send the token that is in a secret.
+    https://prometheus-operator.dev/docs/api-reference/api/#monitoring.coreos.com/v1.PodMonitor
+    """
 
     def lines() -> Iterator[str]:
-        for group in groups:
-            yield "- targets:"
-            yield from (f"    - {_quote(target)}" for target in group["targets"])
-            if group["labels"]:
-                yield "  labels:"
-                yield from (f"    {_quote(name)}: {_quote(value)}" for name, value in group["labels"].items())
+        yield "# Into the container, in the template of the pods:\nports:\n"
+        yield from (f"  - {{name: metrics-{port}, containerPort: {port}}}\n" for port in ports)
+        yield "---\n# Beside it; the selector is that of your pods.\n"
+        yield "apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\n"
+        yield f"metadata:\n  name: {_quote(name)}\nspec:\n"
+        yield f"  selector:\n    matchLabels:\n      app.kubernetes.io/name: {_quote(name)}\n  podMetricsEndpoints:\n"
+        for place, port in enumerate(ports):
+            yield f"    - port: metrics-{port}\n      path: /metrics\n      scheme: {scheme}\n"
+            if secret:
+                yield f"      authorization:\n        credentials: {{name: {name}-metrics, key: token}}\n"
+            if targeted := {**labels, **({"worker": str(place)} if worker else {})}:
+                yield "      relabelings:\n"
+            for label, value in targeted.items():
+                replacement = _quote(value.replace("$", "$$"))  # a single one begins a reference
+                yield f"        - {{targetLabel: {_quote(label)}, replacement: {replacement}}}\n"
 
-    return ("\n".join(lines() if groups else ["[]"]) + "\n").encode()
+    return (line.encode() for line in lines())
 
 
-def write_file(path: Path, content: bytes) -> bool:
+def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
     """Put the content in the file, so that a reader sees the old one or the new one; False if it was there already.
 
     Prometheus watches the folder, so an unchanged file is left untouched, and the temporary one has a name that
-    no file_sd pattern matches. Raises OSError, and leaves the old file as it was.
+    no file_sd pattern matches. The content is made twice, once to compare. Raises OSError, and leaves the old file as
+    it was; a symbolic link is an error too, because Prometheus would not notice what changes behind it.
     """
     try:
-        if path.read_bytes() == content:
-            return False
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            is_folder, is_link = stat.S_ISDIR(mode), stat.S_ISLNK(mode)
+            what = "a directory" if is_folder else "a symbolic link" if is_link else "no regular file"
+            raise OSError(errno.EISDIR if is_folder else errno.EINVAL, f"Is {what}")
+        with path.open("rb") as old:
+            if all(old.read(len(piece)) == piece for piece in content()) and not old.read(1):
+                return False
     except FileNotFoundError:
         pass
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
-            file.write(content)
+            file.writelines(content())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -152,7 +247,48 @@ def write_file(path: Path, content: bytes) -> bool:
 def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: str = "/") -> Steps[list[Answer]]:
     """Ask each (host, port) for a path and return the answers in order."""
     answers = yield from loop.gather((ask(site, host, port, path) for host, port in targets), ASK_SECONDS)
-    return [answer or Answer("silent") for answer in answers]
+    return [answer or _silent() for answer in answers]
+
+
+def look(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[list[Seen]]:
+    """Look at hosts at their ports: who is there, and whether a live worker's metrics can be scraped."""
+
+    def visit(host: str, port: int) -> Steps[Answer]:
+        try:
+            return (yield from ask(site, host, port))
+        except ValueError as error:
+            return Answer("other", reason=str(error))
+
+    def scrape(host: str, port: int) -> Steps[Answer]:
+        answer = yield from ask(site, host, port, "/metrics")
+        # Of many thousand targets nobody wants all expositions in memory.
+        return answer._replace(about={"series": count_samples(answer.body)}, body=b"")
+
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    answers = yield from loop.gather((visit(*target) for target in asked), ASK_SECONDS)
+    live = [target for target, answer in zip(asked, answers, strict=True) if answer and answer.state == "live"]
+    scrapes = yield from loop.gather((scrape(*target) for target in live), ASK_SECONDS)
+    scraped = {target: answer or _silent() for target, answer in zip(live, scrapes, strict=True)}
+    return [
+        Seen(*target, answer or _silent(), scraped.get(target)) for target, answer in zip(asked, answers, strict=True)
+    ]
+
+
+def find_live(
+    loop: Loop, site: Site, targets: Mapping[str, Sequence[int]], known: Mapping[str, Sequence[int]] = {}
+) -> Steps[dict[str, list[int]]]:
+    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host.
+
+    known: where workers were live before. One that is silent now counts: it is overloaded or hangs, which Prometheus
+    shall see. Raises ValueError if a host has no address.
+    """
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    answers = yield from ask_all(loop, site, asked)
+    live: dict[str, list[int]] = {host: [] for host in targets}
+    for (host, port), answer in zip(asked, answers, strict=True):
+        if answer.state == "live" or (answer.state == "silent" and port in known.get(host, ())):
+            live[host].append(port)
+    return live
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
@@ -164,20 +300,28 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
         raise ValueError(f"{host!r} has no address") from None
     except ConnectionRefusedError:
         return Answer("free")
-    except (OSError, ValueError):
-        return Answer("other")
+    except (OSError, ValueError) as error:
+        return Answer("other", reason=str(error))
     seconds = time.monotonic() - began
+
+    def other(reason: str) -> Answer:
+        return Answer("other", seconds=seconds, reason=reason)
+
     lines = head.decode("latin-1").split("\r\n")
-    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]) or f"Server: {APPLICATION}" not in lines:
-        return Answer("other", seconds=seconds)
+    if not lines[0].startswith("HTTP/1.") or f"Server: {APPLICATION}" not in lines:
+        return other("another program has the port")
+    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]):
+        return other(f"the endpoint answers {lines[0][9:]!r}")
     if path != "/":
         return Answer("live", body=body, seconds=seconds)
     try:
         about = json.loads(body)
-        known = about["application"] == APPLICATION and about["project"] == site.project
+        application, project = about["application"], about["project"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return Answer("other", seconds=seconds)
-    return Answer("live" if known else "other", about, body, seconds)
+        return other("it answers garbage")
+    if application != APPLICATION or project != site.project:
+        return other(f"it is the endpoint of another site, {project!r}")
+    return Answer("live", about, body, seconds)
 
 
 def count_samples(exposition: bytes) -> int:
@@ -251,5 +395,15 @@ def _is_ipv6(host: str) -> bool:
         return False
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _silent() -> Answer:
+    return Answer("silent", reason=f"no answer in {ASK_SECONDS:g} s")
+
+
+def _format_host(host: str) -> str:
+    return f"[{host}]" if _is_ipv6(host) else host
+
+
+def _batches(targets: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(targets)
+    while batch := list(islice(remaining, TARGETS_AT_ONCE)):
+        yield batch

@@ -233,7 +233,7 @@ def _serve(process: _Process, *, waited: float) -> None:
             claim.listener,
             exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
             about=_describe(claim.port),
-            find_targets=_find_targets,
+            find_targets=find_targets,
             tls=conf.server_tls(),
             read_token=conf.read_token,
         )
@@ -345,15 +345,13 @@ def _command() -> str:
     return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
 
 
-def _find_targets(loop: Loop) -> Steps[bytes]:
-    site, address = conf.site, conf.local_address
-    asked = [(address, number) for number in conf.PROMPORTS_PORT_RANGE]
-    answers = yield from targets.ask_all(loop, site, asked)
-    live = [
-        (conf.PROMPORTS_TARGET_HOST, number) for (_, number), a in zip(asked, answers, strict=True) if a.state == "live"
-    ]
-    groups = targets.target_groups(live, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
-    return targets.dump_json(groups)
+def find_targets(loop: Loop) -> Steps[bytes]:
+    """Ask every port of this machine and return the http_sd document of those at which a worker answers."""
+    address = conf.local_address
+    live = yield from targets.find_live(loop, conf.site, {address: conf.PROMPORTS_PORT_RANGE})
+    exported = {conf.PROMPORTS_TARGET_HOST: live[address]}
+    groups = targets.target_groups(exported, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
+    return b"".join(targets.dump_json(groups))
 
 
 def _arm() -> None:

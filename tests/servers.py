@@ -110,8 +110,8 @@ def running(*arguments: str, log: Path, **env: str) -> Iterator[Child]:
 class Site:
     """The demo site, served by something: where it is, and what its endpoints say."""
 
-    def __init__(self, child: Child, address: str, ports: Sequence[int]) -> None:
-        self.child, self.address, self.ports = child, address, ports
+    def __init__(self, child: Child, address: str, ports: Sequence[int], token: str = "") -> None:
+        self.child, self.address, self.ports, self.token = child, address, ports, token
 
     def request(self, path: str = "/", method: str = "GET") -> int:
         return request(f"http://{self.address}{path}", method)
@@ -124,7 +124,7 @@ class Site:
 
     def live(self) -> dict[int, int]:
         """Return the pid behind each port that answers."""
-        return {port: about["pid"] for port in self.ports if (about := describe(port))}
+        return {port: about["pid"] for port in self.ports if (about := describe(port, self.token))}
 
     def wait_for_workers(self, count: int = 4) -> dict[int, int]:
         return self.child.wait_until(
@@ -151,7 +151,8 @@ def serving(tmp_path: Path, ports: Sequence[int], *words: str, range_: str = "",
     }
     arguments = [word.replace("{port}", str(site_port)) for word in words]
     with running(*arguments, log=tmp_path / "server.log", **settings) as child:
-        yield Site(child, f"127.0.0.1:{site_port}", metric_ports)
+        token = Path(env["DEMO_TOKEN_FILE"]).read_text() if "DEMO_TOKEN_FILE" in env else ""
+        yield Site(child, f"127.0.0.1:{site_port}", metric_ports, token)
 
 
 def gunicorn(
@@ -210,10 +211,11 @@ def get(url: str, seconds: float = 10, **headers: str) -> bytes:
         return bytes(response.read())
 
 
-def describe(port: int) -> dict[str, Any]:
+def describe(port: int, token: str = "") -> dict[str, Any]:
     """Return what the endpoint at the port says of itself; nothing if none is there."""
+    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
-        about: dict[str, Any] = json.loads(get(f"http://127.0.0.1:{port}/", 5, Accept="application/json"))
+        about: dict[str, Any] = json.loads(get(f"http://127.0.0.1:{port}/", 5, **headers))
     except OSError:
         return {}
     return about
@@ -294,10 +296,11 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(program: str, folder: Path, port: int) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own configuration; only the pace is the test's."""
+def prometheus(program: str, folder: Path, port: int, config: str | None = None) -> Iterator[Prometheus]:
+    """Run Prometheus with the project's own configuration, or another; only the pace is the test's."""
     (folder / "targets").mkdir()
-    config = (ROOT / "prometheus/prometheus.yml").read_text()
+    if config is None:
+        config = (ROOT / "prometheus/prometheus.yml").read_text()
     assert "scrape_interval: 5s" in config
     (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
     arguments = [

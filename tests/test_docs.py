@@ -86,7 +86,7 @@ def test_each_local_link_leads_somewhere() -> None:
 
 
 def test_the_core_knows_no_django() -> None:
-    for name in ("ports.py", "loop.py", "endpoint.py", "ledger.py", "targets.py", "values.py"):
+    for name in ("ports.py", "loop.py", "endpoint.py", "ledger.py", "stopping.py", "targets.py", "values.py"):
         imported = [
             module
             for node in ast.walk(ast.parse(CODE[name]))

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 import yaml
-from django.core.management import CommandError
+from django.core.management import CommandError, call_command
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.registry import Collector
 from pytest_django import Settings
 
 import django_promports
 from django_promports import targets
+from django_promports.ports import announce_waiting
+from django_promports.stopping import stop_signals
 from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python
-from tests.servers import manage
+from tests.servers import ROOT, SECONDS, Child, manage, running
 
 # Nothing is claimed where these two are used.
 HTTP = ["127.0.0.1:19100", "127.0.0.1:19101"]
@@ -237,6 +247,19 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
         ),
         (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is set already; rename it, or .*"),
         (["--format", "xml"], {}, "Error: argument --format: invalid choice: 'xml' .*"),
+        *(
+            (["--watch", text], {}, f"Error: argument --watch: '{text}' is no number of seconds above 0")
+            for text in ("0", "-1", "x", "nan", "1e9")
+        ),
+        *(
+            (["--hosts-file", name], {}, f"--hosts-file {name} cannot be used:\n{reason}")
+            for name, reason in (("/missing", "No such file or directory"), ("/", "Is a directory"))
+        ),
+        *(
+            (["--format", "kubernetes", *words], {}, "--format kubernetes describes every pod; leave out .*")
+            for words in (["--host", "web1"], ["--hosts-file", "-"], ["--live"], ["--watch", "1"])
+        ),
+        (["--check"], {}, "Error: argument --check: not allowed with argument --output/-o"),
         (["--live"], {"BEARER_TOKEN_FILE": "/missing"}, "PROMPORTS_BEARER_TOKEN_FILE is '/missing', .*"),
         (["--live"], {"TLS_CERTFILE": "/missing"}, "PROMPORTS_TLS_CERTFILE is '/missing', .*"),
     ],
@@ -263,19 +286,25 @@ def test_a_wrong_option_says_what_is_wrong_and_leaves_the_file_alone(
         ("missing/django.json", "No such file or directory"),
         ("old.json/django.json", "Not a directory"),
         (".", "Is a directory"),
+        ("link.json", "Is a symbolic link"),
     ],
 )
 def test_an_output_that_cannot_be_written_says_why(output: str, reason: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("old\n")
+    (tmp_path / "link.json").symlink_to(old)
     path = tmp_path / output
-    message = f"{path} could not be written: {reason}. The folder must exist and be writable; nothing was changed."
+    message = (
+        f"{path} could not be written: {reason}. It must be a regular file, or new, in a folder that exists and is "
+        "writable; nothing was changed."
+    )
 
     with pytest.raises(CommandError, match=f"^{re.escape(message)}$"):
         call("export_targets", "--output", str(path))
 
     assert old.read_text() == "old\n"
-    assert os.listdir(tmp_path) == ["old.json"]
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "old.json"]
+    assert (tmp_path / "link.json").is_symlink()
 
 
 def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
@@ -294,7 +323,7 @@ def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
 
         done = run_python(code, str(output))
 
-        assert f"CommandError: {output} could not be written: Permission denied. The folder must" in done.stderr
+        assert f"CommandError: {output} could not be written: Permission denied. It must" in done.stderr
         assert output.read_text() == "old\n"
         assert os.listdir(folder) == ["django.json"]
         os.chmod(folder, 0o755)
@@ -328,6 +357,380 @@ def test_manage_py_fails_with_the_reason_on_standard_error(
     assert output.read_text() == "old\n"
 
 
+def worker(ports: range) -> contextlib.AbstractContextManager[int]:
+    """Serve an endpoint of the site, as a process of its own knows it."""
+    return endpoint(ports, project="demo_site.settings")
+
+
+def test_hosts_come_from_the_command_line_and_from_a_file(settings: Settings, tmp_path: Path) -> None:
+    settings.PROMPORTS_PORT_RANGE = "19100-19101"
+    inventory = tmp_path / "hosts"
+    inventory.write_bytes(b"\xef\xbb\xbfweb1\r\n\r\n# rack 2\r\n::1 # old\r\nweb0")
+
+    out, err = call("export_targets", "--host", "web0", "--hosts-file", str(inventory))
+
+    hosts = "web0", "web1", "[::1]"
+    assert json.loads(out) == [_group(*(f"{host}:{port}" for host in hosts for port in (19100, 19101)))]
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("inventory", "status", "targets_", "said"),
+    [
+        (b"web1\n\n# rack 2\nweb2\n", 0, ["web1:19100", "web2:19100"], "Wrote {}.\n"),
+        (
+            b"web1\n\nb\xfccher\nWEB1\nweb2:19100\n",
+            1,
+            ["old:1"],
+            (
+                "CommandError: --hosts-file - cannot be used:\n"
+                "line 3: 'b\\\\xfccher' is no host name and no IP address\n"
+                "line 4: 'WEB1' is in line 1 already\n"
+                "line 5: 'web2:19100' has a port in it; the ports come from PROMPORTS_PORT_RANGE\n"
+            ),
+        ),
+        (b"", 1, ["old:1"], "CommandError: --hosts-file - cannot be used:\nit names no host\n"),
+    ],
+    ids=["right", "wrong", "empty"],
+)
+def test_hosts_come_from_standard_input(
+    inventory: bytes, status: int, targets_: list[str], said: str, folder: Path
+) -> None:
+    output = folder / "django.json"
+    output.write_text('[{"targets": ["old:1"]}]')
+
+    done = subprocess.run(
+        [sys.executable, "manage.py", "export_targets", "--hosts-file", "-", "--output", str(output)],
+        input=inventory,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "DEMO_PORT_RANGE": "19100"},
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (status, b"", said.format(output))
+    assert _list(output) == targets_
+    assert os.listdir(folder) == ["django.json"]
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("0.0.0.0", ""),
+        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.\n"),
+    ],
+)
+def test_kubernetes_gets_the_range_and_the_settings(
+    address: str, said: str, settings: Settings, tmp_path: Path
+) -> None:
+    settings.ROOT_URLCONF = "Tea_Shop.urls"  # what the project is known by, in tests
+    settings.PROMPORTS_ADDRESS = address
+    settings.PROMPORTS_PORT_RANGE = [19100, 19105]
+    settings.PROMPORTS_TARGET_LABELS = {"site": "shop"}
+    settings.PROMPORTS_BEARER_TOKEN_FILE = tmp_path / "token"
+
+    out, err = call("export_targets", "--format", "kubernetes", "--label", "rack=2")
+
+    container, monitor = yaml.safe_load_all(out)
+    assert [port["name"] for port in container["ports"]] == ["metrics-19100", "metrics-19105"]
+    assert monitor["metadata"]["name"] == "tea-shop"
+    (first, second) = monitor["spec"]["podMetricsEndpoints"]
+    assert first == {**second, "port": "metrics-19100"}
+    assert first["authorization"]["credentials"] == {"name": "tea-shop-metrics", "key": "token"}
+    assert [rule["targetLabel"] for rule in first["relabelings"]] == ["site", "rack"]
+    assert err == said
+
+
+def _list(path: Path) -> list[str]:
+    """Return the targets of a target file, none while there is no file."""
+    groups = json.loads(path.read_text()) if path.exists() else []
+    return [target for group in groups for target in group["targets"]]
+
+
+@contextlib.contextmanager
+def _watching(folder: Path, ports: range, *options: str) -> Iterator[Child]:
+    command = [sys.executable, "manage.py", "export_targets", "--output", str(folder / "targets.json")]
+    range_ = f"{ports[0]}-{ports[3]}"
+    log = folder.with_name("watch.log")
+    with running(*command, "--watch", "0.05", *options, log=log, DEMO_PORT_RANGE=range_) as child:
+        yield child
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder for target files only."""
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_watched_file_follows_the_workers_and_says_nothing_else(
+    number: signal.Signals, free_ports: range, folder: Path
+) -> None:
+    output = folder / "targets.json"
+    first, second = (f"127.0.0.1:{port}" for port in free_ports[:2])
+    with _watching(folder, free_ports) as child:
+        child.wait_until(output.exists, "an empty list is written")
+        assert _list(output) == []
+        with worker(free_ports):
+            child.wait_until(lambda: _list(output) == [first], "the first worker is listed")
+            with worker(free_ports):
+                child.wait_until(lambda: _list(output) == [first, second], "both are listed")
+            child.wait_until(lambda: _list(output) == [first], "one has left")
+
+        child.wait_until(lambda: _list(output) == [], "the other has left")
+        child.process.send_signal(number)
+        child.wait_until(lambda: child.process.poll() is not None, "it ends")
+
+    assert child.process.returncode == 0
+    assert child.output() == f"Wrote {output}.\n" * 5
+    assert os.listdir(folder) == ["targets.json"]
+
+
+def test_a_watched_file_is_left_untouched_while_nothing_changes(free_ports: range, folder: Path) -> None:
+    output = folder / "targets.json"
+    with worker(free_ports), _watching(folder, free_ports, "--verbosity", "2") as child:
+        child.wait_until(output.exists, "it is written")
+        before = output.stat()
+        child.wait_until(lambda: child.output().count("was up to date") > 3, "it looked a few times")
+        after = output.stat()
+
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert child.output().count("Wrote") == 1
+
+
+def test_a_watch_outlives_a_folder_that_is_gone_for_a_while_and_says_so_once(free_ports: range, folder: Path) -> None:
+    output, elsewhere = folder / "targets.json", folder.with_name("elsewhere")
+    # Each look connects to this port once.
+    with socket.create_server(("127.0.0.1", free_ports[0])) as looks, _watching(folder, free_ports) as child:
+        looks.settimeout(SECONDS)
+
+        def after_a_look(condition: Callable[[], object]) -> bool:
+            looks.accept()[0].close()
+            return bool(condition())
+
+        child.wait_until(lambda: after_a_look(output.exists), "it is written")
+        folder.rename(elsewhere)
+        with worker(free_ports) as live:
+            child.wait_until(lambda: after_a_look(lambda: "could not" in child.output()), "it says what is wrong")
+            for _ in range(3):
+                child.wait_until(lambda: after_a_look(lambda: True), "it goes on")
+            elsewhere.rename(folder)
+            child.wait_until(lambda: after_a_look(lambda: "again" in child.output()), "it says that it works again")
+            assert _list(output) == [f"127.0.0.1:{live}"]
+
+        child.wait_until(lambda: after_a_look(lambda: not _list(output)), "the worker has left")
+
+    said = [re.sub(r" (could not be written: .*?)\. .*", r" \1", line) for line in child.output().splitlines()]
+    assert said == [
+        f"Wrote {output}.",
+        f"{output} could not be written: No such file or directory",
+        f"Wrote {output}.",
+        f"{output} is kept current again.",
+        f"Wrote {output}.",
+    ]
+    assert os.listdir(folder) == ["targets.json"]
+
+
+def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, folder: Path) -> None:
+    about = {"application": "django_promports", "project": "demo_site.settings"}
+    answer = f"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n{json.dumps(about)}".encode()
+    with contextlib.ExitStack() as stack:
+        overloaded, _ = (stack.enter_context(socket.create_server(("127.0.0.1", port))) for port in free_ports[:2])
+        overloaded.settimeout(SECONDS)
+        child = stack.enter_context(_watching(folder, free_ports))
+
+        def lists(*ports: int) -> bool:
+            return _list(folder / "targets.json") == [f"127.0.0.1:{port}" for port in ports]
+
+        def answer_a_look() -> bool:
+            with overloaded.accept()[0] as peer:
+                peer.recv(65536)
+                peer.sendall(answer)
+            return lists(free_ports[0])
+
+        child.wait_until(answer_a_look, "the worker is listed, and not the program that says nothing")
+        # From now on neither says anything.
+        with worker(free_ports) as port:
+            child.wait_until(lambda: lists(free_ports[0], port), "another worker is listed too")
+
+
+def test_a_watched_inventory_is_read_once(free_ports: range, folder: Path) -> None:
+    output = folder / "targets.json"
+    command = [sys.executable, "manage.py", "export_targets", "--hosts-file", "-", "--output", str(output)]
+    log = folder.with_name("watch.log")
+    pipe = f"echo 127.0.0.1 | exec {shlex.join([*command, '--watch', '0.05'])}"
+    with running("bash", "-c", pipe, log=log, DEMO_PORT_RANGE=str(free_ports[0])) as child:
+        child.wait_until(output.exists, "an empty list is written")
+        with worker(free_ports) as port:
+            child.wait_until(lambda: _list(output) == [f"127.0.0.1:{port}"], "the worker is listed")
+
+    assert "cannot be used" not in child.output()
+
+
+def test_a_watch_that_is_wrong_from_the_start_ends(free_ports: range, folder: Path) -> None:
+    folder.rmdir()
+
+    with _watching(folder, free_ports) as child:
+        child.wait_until(lambda: child.process.poll() is not None, "it ends")
+
+    assert child.process.returncode == 1
+    assert "could not be written: No such file or directory." in child.output()
+
+
+def test_only_a_file_can_be_watched() -> None:
+    with pytest.raises(CommandError, match=r"^--watch keeps a file current; name it with --output FILE\.$"):
+        call("export_targets", "--watch", "1")
+
+
+def test_a_signal_waits_until_what_was_begun_is_done() -> None:
+    usual = signal.getsignal(signal.SIGTERM)
+
+    with stop_signals() as told_to_stop:
+        before = told_to_stop(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        # A second signal finds what was there before.
+        assert signal.getsignal(signal.SIGTERM) == usual
+        after = told_to_stop(SECONDS)
+
+    assert (before, after) == (False, True)
+    assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def _check(*arguments: str) -> tuple[list[list[str]], str]:
+    """Return the cells of the report, and what is not well."""
+    out = StringIO()
+    try:
+        call_command("export_targets", "--check", *arguments, stdout=out, no_color=True)
+    except CommandError as error:
+        return _cells(out), str(error)
+    return _cells(out), ""
+
+
+def _cells(out: StringIO) -> list[list[str]]:
+    return [re.split(" {2,}", line) for line in out.getvalue().splitlines()]
+
+
+def test_a_check_is_passed_where_a_worker_is_live_and_nobody_else_has_a_port(
+    free_ports: range, settings: Settings
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:3]
+    settings.PROMPORTS_TARGET_HOST = "web1.invalid"  # not asked
+
+    with endpoint(free_ports[1:], pid=4711):
+        report, wrong = _check()
+
+    assert report == [
+        [f"127.0.0.1:{free_ports[0]}", "free"],
+        [f"127.0.0.1:{free_ports[1]}", "live", "pid 4711"],
+        [f"127.0.0.1:{free_ports[2]}", "free"],
+    ]
+    assert wrong == ""
+
+
+def test_a_check_says_of_each_port_what_is_wrong_with_it(
+    free_ports: range, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:7]
+    monkeypatch.setattr(targets, "ASK_SECONDS", 2.0)
+    slow, registry = SlowCollector(), CollectorRegistry()
+    registry.register(slow)
+    garbage = b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n<html>"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(endpoint(free_ports, pid=1))
+        stack.enter_context(answering(free_ports[1], b"220 mail ESMTP\r\n"))
+        stack.enter_context(answering(free_ports[2], garbage))
+        stack.enter_context(socket.create_server(("127.0.0.1", free_ports[3])))
+        stack.enter_context(endpoint(free_ports, project="another"))
+        stack.enter_context(endpoint(free_ports, token="of another"))
+        stack.enter_context(endpoint(free_ports, registry=registry, pid=2))
+        stack.callback(slow.go_on.set)
+
+        report, wrong = _check()
+
+    assert [[target.rpartition(":")[2], *cells] for target, *cells in report] == [
+        [str(free_ports[0]), "live", "pid 1"],
+        [str(free_ports[1]), "other", "another program has the port"],
+        [str(free_ports[2]), "other", "it answers garbage"],
+        [str(free_ports[3]), "silent", "no answer in 2 s"],
+        [str(free_ports[4]), "other", "it is the endpoint of another site, 'another'"],
+        [str(free_ports[5]), "other", "the endpoint answers '401 Unauthorized'"],
+        [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 2 s"],
+    ]
+    assert wrong == "Not all is well: 6 of 7 ports cannot be scraped."
+
+
+class SlowCollector(Collector):
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        assert self.go_on.wait(SECONDS)
+        yield from ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ([], ""),
+        (["--host", "127.0.0.1"], ""),
+        (["--host", "127.0.0.1", "--host", "127.0.0.2"], "no worker is live at 127.0.0.2."),
+        (["--host", "255.255.255.255"], "1 of 1 ports cannot be scraped; no worker is live at 255.255.255.255."),
+    ],
+)
+def test_a_check_wants_a_live_worker_at_each_host(
+    arguments: list[str], wrong: str, free_ports: range, settings: Settings
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:1]
+
+    with endpoint(free_ports):
+        assert _check(*arguments)[1] == (wrong and f"Not all is well: {wrong}")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/unix"), reason="not Linux")
+def test_a_check_fails_while_a_process_waits_for_a_port(free_ports: range, settings: Settings) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:1]
+    sign = announce_waiting(free_ports[:1])
+    assert sign is not None
+
+    with endpoint(free_ports), sign:
+        assert _check()[1] == "Not all is well: 1 process waits for a port and is not metered."
+
+
+def test_a_check_names_a_host_that_does_not_exist(settings: Settings, free_ports: range) -> None:
+    done = run_python(
+        MANAGE,
+        *("export_targets", "--check", "--host", "web1.invalid", "--host", "127.0.0.1"),
+        seconds=20,
+        DEMO_PORT_RANGE=str(free_ports[0]),
+        RES_OPTIONS="timeout:1 attempts:1",
+    )
+
+    assert done.stdout.splitlines() == [
+        f"web1.invalid:{free_ports[0]}  other   'web1.invalid' has no address",
+        f"127.0.0.1:{free_ports[0]}  free",
+    ]
+    assert done.returncode == 1
+
+
+def test_the_exit_status_of_a_check_is_for_scripts(free_ports: range) -> None:
+    with worker(free_ports):
+        well = manage("export_targets", "--check", DEMO_PORT_RANGE=str(free_ports[0]))
+    idle = manage("export_targets", "--check", DEMO_PORT_RANGE=str(free_ports[0]))
+
+    assert (well.returncode, well.stderr) == (0, "")
+    assert (idle.returncode, idle.stderr) == (
+        1,
+        "CommandError: Not all is well: no worker is live at 127.0.0.1.\n",
+    )
+    assert idle.stdout == f"127.0.0.1:{free_ports[0]}  free\n"
+
+
 def test_prometheus_accepts_what_is_written(program: Callable[[str], str], settings: Settings, tmp_path: Path) -> None:
     settings.PROMPORTS_TLS_CERTFILE = "cert.pem"
     settings.PROMPORTS_TARGET_LABELS = {"site": "Ω 'x': \"y\" \\ # no", "no": "yes", "_": ""}
@@ -339,7 +742,7 @@ def test_prometheus_accepts_what_is_written(program: Callable[[str], str], setti
         call("export_targets", "--format", format_, "--output", str(tmp_path / name), "--host", "::1", "--worker-label")
 
     accepted = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
-    targets.write_file(tmp_path / "c.sd.yml", b"- targets: no list\n")
+    targets.write_file(tmp_path / "c.sd.yml", lambda: [b"- targets: no list\n"])
     refused = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
 
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr

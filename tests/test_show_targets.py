@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import signal
 import socket
+import struct
 import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +26,7 @@ from pytest_django import Settings
 import django_promports
 from django_promports import ports, targets
 from tests.commands import answering, call, endpoint
-from tests.servers import manage
+from tests.servers import ROOT, manage, running, wait_until
 
 
 @pytest.fixture
@@ -189,3 +197,154 @@ def test_manage_py_shows_the_range_or_fails_with_the_reason(free_ports: range) -
     assert right.stdout == f"0 live, 2 of 2 ports free in {free_ports[0]}-{free_ports[1]}.\n"
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "(promports.E001) PROMPORTS_PORT_RANGE is '19131-19100'" in wrong.stderr
+
+
+# A session of its own has no terminal until it opens one; then Ctrl-C reaches it.
+TAKE_TERMINAL = (
+    "import os, sys\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+WITHOUT_RICH = (
+    "import sys; sys.modules['rich'] = None\n"
+    "from django.core.management import execute_from_command_line as run; run(sys.argv)"
+)
+
+
+class Terminal:
+    """A program at a terminal of its own, 100 columns wide."""
+
+    def __init__(self, *words: str, **env: str) -> None:
+        self.text = ""
+        self._master, slave = pty.openpty()
+        os.set_blocking(self._master, False)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        # Variables with which a person or CI asks programs for colours, or for none.
+        asking = {"NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+        usual = {name: value for name, value in os.environ.items() if name not in asking}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, *words],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            cwd=ROOT,
+            env={**usual, "TERM": "xterm-256color", "DJANGO_SETTINGS_MODULE": "demo_site.settings", **env},
+        )
+        os.close(slave)
+
+    def read(self) -> str:
+        """Return all that the program wrote."""
+        with contextlib.suppress(OSError):  # nothing now, or never again
+            while chunk := os.read(self._master, 65536):
+                self.text += chunk.decode()
+        return self.text
+
+    def wait_until(self, condition: Callable[[str], object], what: str) -> None:
+        wait_until(lambda: condition(self.read()), what, output=self.read)
+
+    def press_ctrl_c(self) -> int:
+        """Return the exit status."""
+        os.write(self._master, b"\x03")
+        self.wait_until(lambda _: self.process.poll() is not None, "Ctrl-C ends it")
+        self.read()
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._master)
+
+
+@contextlib.contextmanager
+def watching(*words: str, ports: range, **env: str) -> Iterator[Terminal]:
+    range_ = f"{ports[0]}-{ports[3]}"
+    with contextlib.closing(
+        Terminal(*words, "show_targets", "--watch", "0.05", DEMO_PORT_RANGE=range_, **env)
+    ) as shown:
+        yield shown
+
+
+def worker(ports: range) -> contextlib.AbstractContextManager[int]:
+    """Serve an endpoint of the site, as a process of its own knows it."""
+    return endpoint(ports, project="demo_site.settings", pid=4711, command="[red]gunicorn")
+
+
+def test_a_watched_table_stays_in_place_on_a_terminal_and_has_colours(free_ports: range) -> None:
+    with watching("manage.py", ports=free_ports) as terminal:
+        terminal.wait_until(lambda text: "0 live, 4 of 4 ports free" in text, "the idle range is shown")
+        with worker(free_ports):
+            terminal.wait_until(lambda text: "1 live, 3 of 4" in text, "a worker is shown")
+            with answering(free_ports[1], b"220 mail ESMTP\r\n"):
+                terminal.wait_until(lambda text: "1 live, 2 of 4" in text, "another program is shown")
+        status = terminal.press_ctrl_c()
+
+    assert "\x1b[32mlive" in terminal.text
+    assert "\x1b[31mother" in terminal.text
+    assert "[red]gunicorn" in terminal.text  # a worker's command line is no markup
+    assert "\x1b[1A" in terminal.text  # one line up
+    assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")  # the cursor is back
+    assert "Traceback" not in terminal.text
+    assert status == 0
+
+
+@pytest.mark.parametrize(("options", "env"), [(["--no-color"], {}), ([], {"NO_COLOR": "1"})], ids=str)
+def test_who_wants_no_colours_gets_none(options: list[str], env: dict[str, str], free_ports: range) -> None:
+    command = ["manage.py", "show_targets", "--watch", "0.05", *options]
+    terminal = Terminal(*command, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[3]}", **env)
+    with contextlib.closing(terminal), worker(free_ports):
+        terminal.wait_until(lambda text: "1 live" in text, "a worker is shown")
+        status = terminal.press_ctrl_c()
+
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", terminal.text)
+    assert status == 0
+
+
+def test_without_rich_a_watched_table_is_plain_text(free_ports: range) -> None:
+    with watching("-c", WITHOUT_RICH, ports=free_ports) as terminal, worker(free_ports):
+        terminal.wait_until(lambda text: text.count("1 live, 3 of 4 ports free") > 2, "it was shown three times")
+        status = terminal.press_ctrl_c()
+
+    assert "\x1b" not in terminal.text
+    assert re.search(r"\d\d:\d\d:\d\d\r\n +port +state.*\r\n *\d+ +live +4711 ", terminal.text)
+    assert "Traceback" not in terminal.text
+    assert status == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_watched_table_that_is_piped_is_plain_text_and_seen_at_once(
+    number: signal.Signals, free_ports: range, tmp_path: Path
+) -> None:
+    # Longer than the test waits, for the table as for the end.
+    command = [sys.executable, "manage.py", "show_targets", "--watch", "600"]
+    range_ = f"{free_ports[0]}-{free_ports[3]}"
+    with worker(free_ports), running(*command, log=tmp_path / "log", DEMO_PORT_RANGE=range_, TERM="xterm") as child:
+        child.wait_until(lambda: "1 live, 3 of 4 ports free" in child.output(), "it is shown")
+        child.process.send_signal(number)
+        child.wait_until(lambda: child.process.poll() is not None, "it ends")
+
+    assert "\x1b" not in child.output()
+    assert "Traceback" not in child.output()
+    assert child.process.returncode == 0
+
+
+def test_a_reader_may_go(free_ports: range) -> None:
+    words = f"{sys.executable} manage.py show_targets --watch 0.05 | head -n 1"
+
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DEMO_PORT_RANGE": f"{free_ports[0]}-{free_ports[3]}"},
+        timeout=60,
+        check=False,
+    )
+
+    assert re.fullmatch(r"\d\d:\d\d:\d\d\n", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_table_is_watched_by_a_person_and_no_machine() -> None:
+    with pytest.raises(CommandError, match="--watch: not allowed with argument --json"):
+        call("show_targets", "--json", "--watch")

@@ -12,7 +12,8 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address, IPv6Address
@@ -104,6 +105,37 @@ def test_what_is_no_host_says_why(host: str, reason: str) -> None:
         targets.check_host(host)
 
 
+def test_a_list_of_hosts_has_one_on_each_line() -> None:
+    lines = ["web1\n", "\n", "  \t\n", "# rack 2\n", " [::1] # the old one\r\n", "10.0.0.1"]
+
+    assert targets.parse_hosts(lines) == ["web1", "::1", "10.0.0.1"]
+
+
+def test_every_line_that_is_no_host_or_a_repeated_one_is_named() -> None:
+    lines = ["web1", "a b", "web2:9100", "", "WEB1.", "web3", "web3"]
+
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - every word is compared
+        targets.parse_hosts(lines)
+
+    assert str(caught.value).splitlines() == [
+        "line 2: 'a b' is no host name and no IP address",
+        "line 3: 'web2:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE",
+        "line 5: 'WEB1.' is in line 1 already",
+        "line 7: 'web3' is in line 6 already",
+    ]
+
+
+def test_a_list_that_is_wrong_throughout_is_told_in_part() -> None:
+    with pytest.raises(ValueError, match=r"^(line \d+: '-' is .*\n){20}and 80 more$"):
+        targets.parse_hosts(["-"] * 100)
+
+
+@pytest.mark.parametrize("lines", [[], ["\n", "# web1\n"]])
+def test_a_list_without_a_host_is_an_error(lines: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^it names no host$"):
+        targets.parse_hosts(lines)
+
+
 @pytest.mark.parametrize("name", ["site", "_site", "Site_1", "no"])
 @pytest.mark.parametrize("value", ["shop", "", "a b", "Ω 'x' \"y\" \\", "{{ $x }}"])
 def test_prometheus_label_names_with_readable_values_are_labels(name: str, value: str) -> None:
@@ -150,12 +182,13 @@ def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address 
 @pytest.mark.parametrize(
     ("asked", "options", "expected"),
     [
-        ([], {}, []),
-        ([], {"ports": [1, 2], "scheme": "https"}, []),
-        ([("a", 1), ("::1", 2)], {}, [{"targets": ["a:1", "[::1]:2"], "labels": {"site": "shop"}}]),
-        ([("a", 1)], {"scheme": "https"}, [{"targets": ["a:1"], "labels": {"site": "shop", "__scheme__": "https"}}]),
+        ({}, {}, []),
+        ({"a": []}, {}, []),
+        ({"a": []}, {"ports": [1, 2], "scheme": "https"}, []),
+        ({"a": [1], "::1": [2]}, {}, [{"targets": ["a:1", "[::1]:2"], "labels": {"site": "shop"}}]),
+        ({"a": [1]}, {"scheme": "https"}, [{"targets": ["a:1"], "labels": {"site": "shop", "__scheme__": "https"}}]),
         (
-            [("a", 1), ("a", 4), ("b", 1)],
+            {"a": [1, 4], "b": [1]},
             {"ports": [1, 3, 4]},
             [
                 {"targets": ["a:1", "b:1"], "labels": {"site": "shop", "worker": "0"}},
@@ -165,27 +198,121 @@ def test_any_ip_address_is_a_host_with_or_without_brackets(address: IPv4Address 
     ],
 )
 def test_targets_are_one_group_or_one_for_each_worker(
-    asked: Sequence[tuple[str, int]], options: dict[str, Any], expected: list[TargetGroup]
+    asked: dict[str, list[int]], options: dict[str, Any], expected: list[TargetGroup]
 ) -> None:
     labels = {"site": "shop"}
 
-    assert targets.target_groups(asked, labels=labels, **options) == expected
+    groups = targets.target_groups(asked, labels=labels, **options)
+
+    assert [{**group, "targets": list(group["targets"])} for group in groups] == expected
     assert labels == {"site": "shop"}
 
 
 @given(groups_of_targets)
 @quietly
 def test_yaml_and_json_say_the_same(groups: list[TargetGroup]) -> None:
-    assert json.loads(targets.dump_json(groups)) == groups
+    assert b"".join(targets.dump_json(groups)).decode() == json.dumps(groups, indent=2, ensure_ascii=False) + "\n"
     # Prometheus reads a group without labels as one with none.
-    assert [{"labels": {}, **group} for group in yaml.safe_load(targets.dump_yaml(groups))] == groups
+    loaded = yaml.safe_load(b"".join(targets.dump_yaml(groups)))
+    assert [{"labels": {}, **group} for group in loaded] == groups
 
 
 @pytest.mark.parametrize("groups", [[], [TargetGroup(targets=["a:1"], labels={"site": "Ω"})]])
 def test_a_document_is_readable_utf8_that_ends_with_a_newline(groups: list[TargetGroup]) -> None:
-    for content in (targets.dump_json(groups), targets.dump_yaml(groups)):
+    for dump in (targets.dump_json, targets.dump_yaml):
+        content = b"".join(dump(groups))
         assert content.endswith(b"\n")
         assert not groups or "Ω" in content.decode()
+
+
+@pytest.mark.parametrize("dump", [targets.dump_json, targets.dump_yaml])
+@pytest.mark.parametrize("ports", [(), range(20_000, 20_320)], ids=["one group", "a group per port"])
+def test_a_long_list_is_never_in_memory_as_a_whole(
+    dump: Callable[[Iterable[TargetGroup]], Iterator[bytes]], ports: Sequence[int]
+) -> None:
+    hosts = dict.fromkeys((f"web{number}.example.com" for number in range(300)), range(20_000, 20_320))
+    tracemalloc.start()
+    try:
+        size = sum(map(len, dump(targets.target_groups(hosts, labels={"site": "shop"}, ports=ports))))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert size > 2_500_000
+    assert peak < 500_000
+
+
+# What the published definition says of the fields in use: https://github.com/prometheus-operator/prometheus-operator
+# (example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml, version 0.91). A dict is an object with no
+# other field, a list is an array, a regular expression is a string; fields with a * must be there.
+LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
+NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123
+SERVICE = r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?"  # IANA_SVC_NAME
+POD_MONITOR: dict[str, Any] = {
+    "apiVersion*": r"monitoring\.coreos\.com/v1",
+    "kind*": "PodMonitor",
+    "metadata*": {"name*": NAME},
+    "spec*": {
+        "selector*": {"matchLabels": {r"app.kubernetes.io/name": NAME}},
+        "podMetricsEndpoints": [
+            {
+                "port": SERVICE,
+                "path": r"/metrics",
+                "scheme": r"http|https",
+                "authorization": {"credentials": {"name": NAME, "key*": "token"}},
+                "relabelings": [{"targetLabel": LABEL, "replacement": r".*"}],
+            }
+        ],
+    },
+}
+CONTAINER: dict[str, Any] = {"ports": [{"name": SERVICE, "containerPort*": range(1, 65536)}]}
+
+
+def _check_schema(value: Any, schema: Any) -> None:
+    if isinstance(schema, dict):
+        known = {name.rstrip("*"): field for name, field in schema.items()}
+        assert set(value) <= set(known)
+        assert {name[:-1] for name in schema if name.endswith("*")} <= set(value)
+        for name, field in value.items():
+            _check_schema(field, known[name])
+    elif isinstance(schema, list):
+        assert isinstance(value, list)
+        for item in value:
+            _check_schema(item, schema[0])
+    elif isinstance(schema, range):
+        assert value in schema
+    else:
+        assert isinstance(value, str)
+        assert re.fullmatch(schema, value), value
+
+
+@pytest.mark.parametrize("name", ["demo-site", "no", "1"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": {}, "worker": False, "scheme": "http", "secret": False},
+        {"labels": {"site": 'shop: "1"', "no": "on", "cost": "$1"}, "worker": True, "scheme": "https", "secret": True},
+    ],
+    ids=["plain", "everything"],
+)
+def test_kubernetes_and_the_operator_know_every_field(name: str, options: dict[str, Any]) -> None:
+    ports = (1, 19100, 65535)
+
+    container, monitor = yaml.safe_load_all(b"".join(targets.dump_kubernetes(name, ports, **options)))
+
+    _check_schema(container, CONTAINER)
+    _check_schema(monitor, POD_MONITOR)
+    endpoints = monitor["spec"]["podMetricsEndpoints"]
+    assert [port["name"] for port in container["ports"]] == [endpoint["port"] for endpoint in endpoints]
+    assert [port["containerPort"] for port in container["ports"]] == list(ports)
+    assert {endpoint["scheme"] for endpoint in endpoints} == {options["scheme"]}
+    assert all(("authorization" in endpoint) == options["secret"] for endpoint in endpoints)
+    relabelings = [
+        {r["targetLabel"]: r["replacement"] for r in endpoint.get("relabelings", ())} for endpoint in endpoints
+    ]
+    workers = [{"worker": str(place)} if options["worker"] else {} for place in range(3)]
+    labels = {label: value.replace("$", "$$") for label, value in options["labels"].items()}
+    assert relabelings == [{**labels, **worker} for worker in workers]
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
@@ -193,7 +320,7 @@ def test_everybody_can_read_a_written_file(umask: int, tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
     before = os.umask(umask)
     try:
-        written = targets.write_file(path, b"[]\n")
+        written = targets.write_file(path, lambda: [b"[]\n"])
     finally:
         os.umask(before)
 
@@ -205,15 +332,15 @@ def test_everybody_can_read_a_written_file(umask: int, tmp_path: Path) -> None:
 
 def test_a_file_that_says_it_already_is_left_untouched(tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
-    targets.write_file(path, b"[]\n")
+    targets.write_file(path, lambda: [b"[]\n"])
     before = path.stat()
 
-    written = targets.write_file(path, b"[]\n")
+    written = targets.write_file(path, lambda: [b"[]\n"])
 
     after = path.stat()
     assert not written
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert targets.write_file(path, b"[1]\n")
+    assert targets.write_file(path, lambda: [b"[1]\n"])
     assert path.stat().st_ino != before.st_ino
     assert list(tmp_path.iterdir()) == [path]
 
@@ -231,10 +358,47 @@ def test_a_file_that_cannot_be_is_an_error(name: str, error: type[OSError], tmp_
     old.write_bytes(b"old\n")
 
     with pytest.raises(error):
-        targets.write_file(tmp_path / name, b"[]\n")
+        targets.write_file(tmp_path / name, lambda: [b"[]\n"])
 
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_bytes() == b"old\n"
+
+
+@pytest.mark.parametrize("pieces", [[b"[", b"]"], [b"[]"], [b"[]\n", b"[]"]])
+def test_a_file_that_begins_like_the_new_one_or_goes_on_after_it_is_replaced(
+    pieces: list[bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "targets.json"
+    path.write_bytes(b"[]\n")
+
+    assert targets.write_file(path, pieces.copy)
+    assert path.read_bytes() == b"".join(pieces)
+    assert not targets.write_file(path, pieces.copy)
+
+
+def test_a_link_is_left_alone_and_so_is_what_it_leads_to(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "targets.json"
+    real.write_bytes(b"old\n")
+    link.symlink_to(real)
+
+    with pytest.raises(OSError, match="Is a symbolic link"):
+        targets.write_file(link, lambda: [b"[]\n"])
+
+    assert link.readlink() == real
+    assert real.read_bytes() == b"old\n"
+    assert set(tmp_path.iterdir()) == {real, link}
+
+
+def test_a_link_to_nothing_and_a_pipe_are_left_alone(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "missing")
+    os.mkfifo(pipe)
+
+    for path, what in ((link, "a symbolic link"), (pipe, "no regular file")):
+        with pytest.raises(OSError, match=f"Is {what}"):
+            targets.write_file(path, lambda: [b"[]\n"])
+
+    assert set(tmp_path.iterdir()) == {link, pipe}
 
 
 def test_a_read_only_folder_keeps_its_file() -> None:
@@ -245,7 +409,7 @@ def test_a_read_only_folder_keeps_its_file() -> None:
         os.chmod(folder, 0o555)
         code = (
             "import sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
-            f"{BECOME_NOBODY}targets.write_file(Path(sys.argv[1]), b'[]')"
+            f"{BECOME_NOBODY}targets.write_file(Path(sys.argv[1]), lambda: [b'[]'])"
         )
 
         done = run_python(code, str(old))
@@ -263,7 +427,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom django_promports import targets\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "targets.write_file(Path(sys.argv[1]), bytes(5000))"
+        "targets.write_file(Path(sys.argv[1]), lambda: [bytes(5000)])"
     )
 
     done = run_python(code, str(old))
@@ -275,8 +439,8 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
-    contents = [json.dumps([{"targets": ["a:1"] * count}]).encode() for count in (5000, 1)]
-    targets.write_file(path, contents[1])
+    contents = [[json.dumps([{"targets": ["a:1"] * count}]).encode()] for count in (5000, 1)]
+    targets.write_file(path, contents[1].copy)
     seen: list[bytes] = []
     stop = threading.Event()
 
@@ -287,12 +451,12 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(200):
-        targets.write_file(path, contents[number % 2])
+        targets.write_file(path, contents[number % 2].copy)
     wait_until(lambda: len(seen) > 20, "the reader reads")
     stop.set()
     reader.join()
 
-    assert set(seen) <= set(contents)
+    assert set(seen) <= {content for (content,) in contents}
     assert os.listdir(tmp_path) == ["targets.json"]
 
 
@@ -304,7 +468,7 @@ def test_a_port_that_never_answers_is_silent(free_ports: range, monkeypatch: pyt
     monkeypatch.setattr(targets, "ASK_SECONDS", 0.2)
 
     with socket.create_server(("127.0.0.1", free_ports[0])):
-        assert _ask(free_ports[0]) == Answer("silent")
+        assert _ask(free_ports[0]) == Answer("silent", reason="no answer in 0.2 s")
 
 
 def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +480,7 @@ def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatc
 
         answers = _ask_all([("127.0.0.1", port) for port in free_ports])
 
-        assert answers == [Answer("silent")] * len(free_ports)
+        assert {answer.state for answer in answers} == {"silent"}
         assert time.monotonic() - began < 0.5 * len(free_ports) / 2
 
 

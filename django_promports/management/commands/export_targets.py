@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,27 @@ from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
+from django_promports.ports import count_waiting, format_waiting
+from django_promports.stopping import parse_seconds, stop_signals
 
 
 class Command(BaseCommand):
     help = "Writes the Prometheus file_sd target list that covers every port of PROMPORTS_PORT_RANGE."
     requires_system_checks = (TAG,)
+    # Where a worker was live when --watch looked last.
+    live: Mapping[str, Sequence[int]] = {}
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument(
+        destination = parser.add_mutually_exclusive_group()
+        destination.add_argument(
+            "--check",
+            action="store_true",
+            help="Write no list, but ask every target of it (those on this machine, where no host is given) and report "
+            "who answers. The exit status is 0 if each host has a live worker and all of them can be scraped, and 1 if "
+            "another program or site has one of the ports, an endpoint answers garbage, an error or too late, or a "
+            "process waits for a port. A free port is no fault.",
+        )
+        destination.add_argument(
             "--output",
             "-o",
             type=Path,
@@ -34,6 +50,12 @@ class Command(BaseCommand):
             default=[],
             help="Host name or IP address of a target, instead of PROMPORTS_TARGET_HOST. Repeat it for several hosts: "
             "each has every port.",
+        )
+        parser.add_argument(
+            "--hosts-file",
+            metavar="FILE",
+            help="More hosts, one on each line of FILE or, where it is -, of standard input. Blank lines and what "
+            "follows a # are left out; a bad or repeated name is an error, and nothing is written.",
         )
         parser.add_argument(
             "--label",
@@ -52,45 +74,143 @@ class Command(BaseCommand):
             action="store_true",
             help="Only the ports at which a worker of this site answers now: at the hosts given, or on this machine.",
         )
-        parser.add_argument("--format", choices=["json", "yaml"], default="json", help="Default: json.")
+        parser.add_argument(
+            "--watch",
+            type=parse_seconds,
+            metavar="SECONDS",
+            help="Keep --output current as --live makes it, looking every so many seconds until SIGTERM or Ctrl-C. "
+            "What fails at the start ends it; later it says so once, leaves the file as it is and tries again. A "
+            "worker that answers too late stays in the file, so that its scrapes fail and do not vanish.",
+        )
+        parser.add_argument(
+            "--format",
+            choices=["json", "yaml", "kubernetes"],
+            default="json",
+            help="Default: json. kubernetes: the named ports of a container, and a PodMonitor that scrapes them.",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        try:
+        watch = options["watch"] is not None
+        if watch and options["output"] is None:
+            raise CommandError("--watch keeps a file current; name it with --output FILE.")
+        options["live"] = options["live"] or watch
+        if options["format"] == "kubernetes" and (options["host"] or options["hosts_file"] or options["live"]):
+            raise CommandError(
+                "--format kubernetes describes every pod; leave out --host, --hosts-file, --live, --watch."
+            )
+        with _said_to_the_user():
+            options["hosts"] = _hosts(**options)
+        run = self.check_targets if options["check"] else self.watch if watch else self.write
+        run(**options)
+
+    def watch(self, **options: Any) -> None:
+        trouble = ""
+        with stop_signals() as told_to_stop:
+            self.write(**options)
+            while not told_to_stop(options["watch"]):
+                try:
+                    self.write(**options)
+                except CommandError as error:
+                    if str(error) != trouble:
+                        trouble = str(error)
+                        self.stderr.write(trouble)
+                else:
+                    if trouble:
+                        trouble = ""
+                        self.stderr.write(f"{options['output']} is kept current again.", style_func=str)
+
+    def write(self, **options: Any) -> None:
+        with _said_to_the_user():
             content = self.content(**options)
-        except (ImproperlyConfigured, ValueError) as error:
-            raise CommandError(str(error)) from None
         output: Path | None = options["output"]
         if output is None:
-            self.stdout.write(content.decode(), ending="")
+            for piece in content():
+                self.stdout.write(piece.decode(), ending="")
             return
         try:
             written = targets.write_file(output, content)
         except OSError as error:
             raise CommandError(
-                f"{output} could not be written: {error.strerror}. The folder must exist and be writable; "
-                "nothing was changed."
+                f"{output} could not be written: {error.strerror}. It must be a regular file, or new, in a folder that "
+                "exists and is writable; nothing was changed."
             ) from None
         if options["verbosity"] > 0 and written:
             self.stderr.write(f"Wrote {output}.", style_func=str)  # no error
         elif options["verbosity"] > 1:
             self.stderr.write(f"{output} was up to date.", style_func=str)
 
-    def content(self, **options: Any) -> bytes:
+    def check_targets(self, **options: Any) -> None:
+        with _said_to_the_user(), contextlib.closing(Loop()) as loop:
+            hosts, ports = options["hosts"], conf.PROMPORTS_PORT_RANGE
+            asked = dict.fromkeys(hosts or [conf.local_address], ports)
+            found = loop.complete(targets.look(loop, conf.site, asked))
+        idle, faults = dict.fromkeys(asked), 0
+        for seen in found:
+            pid = f"pid {seen.answer.about.get('pid')!r}" if seen.answer.state == "live" else ""
+            words = ", ".join(filter(None, [pid, seen.problem]))
+            self.stdout.write(f"{targets.format_target(seen.host, seen.port)}  {seen.answer.state:6}  {words}".rstrip())
+            faults += bool(seen.problem)
+            if seen.answer.state == "live":
+                idle.pop(seen.host, None)
+        wrong = [f"{faults} of {len(found)} ports cannot be scraped"] if faults else []
+        if idle:
+            wrong.append(f"no worker is live at {', '.join(idle)}")
+        if not hosts and (waiting := count_waiting(ports)):
+            wrong.append(format_waiting(waiting))
+        if wrong:
+            raise CommandError(f"Not all is well: {'; '.join(wrong)}.")
+
+    def content(self, **options: Any) -> Callable[[], Iterator[bytes]]:
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
         if options["worker_label"] and "worker" in labels:
             raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
-        hosts = list(dict.fromkeys(_parse_host(host) for host in options["host"])) or [conf.PROMPORTS_TARGET_HOST]
-        ports = conf.PROMPORTS_PORT_RANGE
-        exported = [(host, port) for host in hosts for port in ports]
+        if options["format"] == "kubernetes":
+            if ipaddress.ip_address(conf.PROMPORTS_ADDRESS).is_loopback:
+                self.stderr.write("PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.")
+            return partial(
+                targets.dump_kubernetes,
+                conf.slug,
+                conf.PROMPORTS_PORT_RANGE,
+                labels=labels,
+                worker=options["worker_label"],
+                scheme=conf.scheme,
+                secret=conf.PROMPORTS_BEARER_TOKEN_FILE is not None,
+            )
+        hosts, ports = options["hosts"], conf.PROMPORTS_PORT_RANGE
+        exported: Mapping[str, Sequence[int]] = dict.fromkeys(hosts or [conf.PROMPORTS_TARGET_HOST], ports)
         if options["live"]:
-            asked = exported if options["host"] else [(conf.local_address, port) for port in ports]
+            asked = dict.fromkeys(hosts or [conf.local_address], ports)
             with contextlib.closing(Loop()) as loop:
-                answers = loop.complete(targets.ask_all(loop, conf.site, asked))
-            exported = [target for target, answer in zip(exported, answers, strict=True) if answer.state == "live"]
-        groups = targets.target_groups(
-            exported, labels=labels, ports=ports if options["worker_label"] else (), scheme=conf.scheme
-        )
-        return targets.dump_yaml(groups) if options["format"] == "yaml" else targets.dump_json(groups)
+                self.live = loop.complete(targets.find_live(loop, conf.site, asked, self.live))
+            exported = dict(zip(exported, self.live.values(), strict=True))
+        dump = targets.dump_yaml if options["format"] == "yaml" else targets.dump_json
+        scheme, workers = conf.scheme, ports if options["worker_label"] else ()
+        return lambda: dump(targets.target_groups(exported, labels=labels, ports=workers, scheme=scheme))
+
+
+@contextlib.contextmanager
+def _said_to_the_user() -> Iterator[None]:
+    try:
+        yield
+    except (ImproperlyConfigured, ValueError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _hosts(**options: Any) -> list[str]:
+    """Return the hosts of the command line and of the file, each once."""
+    hosts = [_parse_host(host) for host in options["host"]]
+    name = options["hosts_file"]
+    if name is not None:
+        try:
+            # What is no UTF-8 is no host name either, and shall be named with its line.
+            with open(
+                0 if name == "-" else name, encoding="utf-8-sig", errors="backslashreplace", closefd=name != "-"
+            ) as lines:
+                hosts += targets.parse_hosts(lines)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"--hosts-file {name} cannot be used:\n{reason}") from None
+    return list(dict.fromkeys(hosts))
 
 
 def _parse_label(text: str) -> tuple[str, str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from time import strftime
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -14,12 +18,17 @@ from django.core.management.base import BaseCommand, CommandError
 from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
-from django_promports.loop import Loop, Steps
-from django_promports.ports import count_waiting, format_ports
+from django_promports.loop import Loop
+from django_promports.ports import count_waiting, format_ports, format_waiting
+from django_promports.stopping import parse_seconds, stop_signals
 
 COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
 # Columns of numbers stand right.
 RIGHT = {"port", "pid", "uptime", "series", "scrape"}
+COLOURS = {"live": "green", "silent": "yellow", "other": "red"}
+WATCH_SECONDS = 2.0
+
+Rows = Sequence[dict[str, Any]]
 
 
 class Command(BaseCommand):
@@ -30,59 +39,120 @@ class Command(BaseCommand):
     requires_system_checks = (TAG,)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="For a machine: times in seconds, null where unknown.")
+        manner = parser.add_mutually_exclusive_group()
+        manner.add_argument("--json", action="store_true", help="For a machine: times in seconds, null where unknown.")
+        manner.add_argument(
+            "--watch",
+            nargs="?",
+            const=WATCH_SECONDS,
+            type=parse_seconds,
+            metavar="SECONDS",
+            help=f"Look every so many seconds, {WATCH_SECONDS:g} by default, until Ctrl-C. On a terminal the table "
+            "stays in place and has colours, if `rich` is installed: pip install django-promports[cli].",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
-            ports = conf.PROMPORTS_PORT_RANGE
-            with contextlib.closing(Loop()) as loop:
-                rows = loop.complete(_look(loop, ports))
+            if options["watch"] is not None:
+                self.watch(**options)
+                return
+            rows, waiting = _look()
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from None
-        waiting = count_waiting(ports)
         if options["json"]:
             self.stdout.write(json.dumps({"targets": rows, "waiting_processes": waiting}, indent=2))
+        else:
+            self.show(rows, waiting)
+
+    def show(self, rows: Rows, waiting: int) -> None:
+        if table := _table(_cells(rows)):
+            self.stdout.write("\n".join(table))
+        summary, *warnings = _summary(rows, waiting)
+        self.stdout.write(summary)
+        for warning in warnings:
+            self.stdout.write(self.style.ERROR(warning))
+
+    def watch(self, **options: Any) -> None:
+        with stop_signals() as told_to_stop, self.screen(**options) as show:
+            try:
+                while True:
+                    show(*_look())
+                    if told_to_stop(options["watch"]):
+                        break
+            except BrokenPipeError:  # who reads has seen enough; Python's own flush at the end must not complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    @contextlib.contextmanager
+    def screen(self, **options: Any) -> Iterator[Callable[[Rows, int], None]]:
+        """Give a function that shows targets in place of those before or, where that cannot be, below them."""
+        if not self.stdout.isatty() or find_spec("rich") is None:
+            yield self.show_below
             return
-        shown = [row for row in rows if row["state"] != "free"]
-        if shown:
-            self.stdout.write("\n".join(_table(shown)))
-        live = sum(row["state"] == "live" for row in rows)
-        free = len(rows) - len(shown)
-        self.stdout.write(f"{live} live, {free} of {len(rows)} ports free in {format_ports(ports)}.")
-        if waiting:
-            wait = (
-                "1 process waits for a port and is" if waiting == 1 else f"{waiting} processes wait for a port and are"
-            )
-            text = f"{wait} not metered; widen PROMPORTS_PORT_RANGE."
-            self.stdout.write(self.style.ERROR(text))
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        def show(rows: Rows, waiting: int) -> None:
+            table = Table(box=None)
+            header, *cells = _cells(rows) or [list(COLUMNS)]
+            for name in header:
+                table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
+            for port, state, *others in cells:
+                table.add_row(port, Text(state, COLOURS[state]), *map(Text, others))
+            summary, *warnings = _summary(rows, waiting)
+            # On a low terminal the end is cut off, which may as well be ports.
+            top = Text(f"{strftime('%X')}  {summary}")
+            live.update(Group(top, *(Text(warning, "bold red") for warning in warnings), table), refresh=True)
+
+        console = Console(no_color=options["no_color"] or None, highlight=False)
+        with Live(console=console, auto_refresh=False) as live:
+            yield show
+
+    def show_below(self, rows: Rows, waiting: int) -> None:
+        self.stdout.write(strftime("%X"))
+        self.show(rows, waiting)
+        self.stdout.write("")
+        self.stdout.flush()
 
 
-def _look(loop: Loop, ports: Sequence[int]) -> Steps[list[dict[str, Any]]]:
-    site, address = conf.site, conf.local_address
-    answers = yield from targets.ask_all(loop, site, [(address, port) for port in ports])
-    live = [(address, port) for port, answer in zip(ports, answers, strict=True) if answer.state == "live"]
-    scrapes = dict(zip(live, (yield from targets.ask_all(loop, site, live, "/metrics")), strict=True))
-    rows = []
-    for port, answer in zip(ports, answers, strict=True):
-        about, scrape = answer.about, scrapes.get((address, port))
-        scraped = scrape is not None and scrape.state == "live"
-        rows.append(
-            {
-                "port": port,
-                "state": answer.state,
-                "pid": about.get("pid"),
-                "command": about.get("command"),
-                "uptime_seconds": about.get("uptime_seconds"),
-                "series": targets.count_samples(scrape.body) if scrape and scraped else None,
-                "scrape_seconds": round(scrape.seconds, 4) if scrape and scraped else None,
-            }
-        )
-    return rows
+def _look() -> tuple[Rows, int]:
+    """Return a row for each port, and how many processes wait for one."""
+    ports = conf.PROMPORTS_PORT_RANGE
+    with contextlib.closing(Loop()) as loop:
+        found = loop.complete(targets.look(loop, conf.site, {conf.local_address: ports}))
+    return [_row(seen) for seen in found], count_waiting(ports)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _row(seen: targets.Seen) -> dict[str, Any]:
+    about, scrape = seen.answer.about, seen.scrape
+    scraped = scrape is not None and scrape.state == "live"
+    return {
+        "port": seen.port,
+        "state": seen.answer.state,
+        "pid": about.get("pid"),
+        "command": about.get("command"),
+        "uptime_seconds": about.get("uptime_seconds"),
+        "series": scrape.about["series"] if scrape and scraped else None,
+        "scrape_seconds": round(scrape.seconds, 4) if scrape and scraped else None,
+    }
+
+
+def _summary(rows: Rows, waiting: int) -> Iterator[str]:
+    """Yield the line that is always there, and what is wrong."""
+    states = Counter(row["state"] for row in rows)
+    ports = [row["port"] for row in rows]
+    yield f"{states['live']} live, {states['free']} of {len(rows)} ports free in {format_ports(ports)}."
+    if waiting:
+        yield f"{format_waiting(waiting)}; widen PROMPORTS_PORT_RANGE."
+
+
+def _cells(rows: Rows) -> list[list[str]]:
+    """Return the header and the texts of the ports that are not free; nothing if all are."""
     cells = [list(COLUMNS)]
     for row in rows:
+        if row["state"] == "free":
+            continue
         uptime, scrape = row["uptime_seconds"], row["scrape_seconds"]
         values = [
             row["port"],
@@ -94,13 +164,18 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             None if scrape is None else f"{scrape * 1000:.1f} ms",
         ]
         cells.append(["-" if value is None else str(value) for value in values])
+    return cells if len(cells) > 1 else []
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = [
+    return [
+        "  ".join(
             text.rjust(width) if name in RIGHT else text.ljust(width)
             for name, text, width in zip(COLUMNS, line, widths, strict=True)
-        ]
-        yield "  ".join(padded).rstrip()
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def _duration(seconds: float) -> str:

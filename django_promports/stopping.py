@@ -1,0 +1,51 @@
+"""Commands that go on until they are told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import select
+import signal
+import socket
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds of a command's option."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:  # select() takes no more than some years
+        raise ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[float], bool]]:
+    """Give a function that waits so many seconds and returns whether SIGINT or SIGTERM has come.
+
+    The signal interrupts nothing but that wait, so that nothing is left half done. A second one ends the process as it
+    would without this.
+    """
+    wakee, waker = socket.socketpair()
+    waker.setblocking(False)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: object) -> None:
+        restore()
+        waker.send(b".")
+
+    try:
+        for number in previous:
+            signal.signal(number, stop)
+        yield lambda seconds: bool(select.select([wakee], [], [], seconds)[0])
+    finally:
+        restore()
+        wakee.close()
+        waker.close()
