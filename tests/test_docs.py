@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from django_promports.conf import Conf
 from tests.servers import ROOT
+from tests.test_servers import SERVERS
 
 README = (ROOT / "README.md").read_text()
 CODE = {path.name: path.read_text() for path in (ROOT / "django_promports").rglob("*.py")}
@@ -115,3 +116,13 @@ def test_the_version_is_the_newest_in_the_changelog() -> None:
     assert version
     assert newest
     assert version[1] == newest[1]
+
+
+def test_every_server_that_is_tested_has_its_row_and_every_cell_says_something() -> None:
+    page = (ROOT / "docs/servers.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+
+    assert {(server.name, server.mode) for server in SERVERS} <= {(row[0], row[2]) for row in rows}
+    assert {"mod_wsgi", "runserver", "Celery", "gRPC", "Thrift", "management command"} <= {row[0] for row in rows}
+    for row in rows:
+        assert all(row[:7]), row
