@@ -102,6 +102,7 @@ def on_ready() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
+            ports.relieve_parent(STEP_DOWN_SECONDS)
             _claim()
 
 
@@ -142,6 +143,7 @@ def _release(process: _Process, *, undo: bool = False) -> None:
                 with suppress(OSError):  # others have their ledgers in it
                     process.made_folder.rmdir()
         process.endpoint = process.port = None
+        process.retrying_since, process.is_waiting = 0.0, False
 
 
 def _stop_retry(process: _Process) -> bool:
@@ -186,7 +188,6 @@ def _claim(*, at_once: bool = True) -> None:
             if process.endpoint is not None or process.is_waiting or not _is_usable(process):
                 return
             _arm()
-            ports.relieve_parent(STEP_DOWN_SECONDS)
             try:
                 if not at_once:
                     raise _Undecided
@@ -220,7 +221,6 @@ def _tell_full(process: _Process, full: ports.RangeFull) -> None:
         os.getpid(),
     )
     process.is_waiting = True
-    process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
 
 
 def _serve(process: _Process, *, waited: float) -> None:
@@ -256,6 +256,7 @@ def _claim_with_ledger(
     """Claim the lowest port that is free and whose ledger is too; where all ledgers are taken, the lowest free port."""
     folder = conf.PROMPORTS_LEDGER_DIR
     address = conf.PROMPORTS_ADDRESS
+    process.unsaid = ""
     if folder is None:
         return ports.claim(address, port_range), None
     passed: list[ports.Claim] = []
@@ -302,7 +303,11 @@ def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float
 
 def _retry(process: _Process) -> None:
     try:
-        while not process.stopping.wait(RETRY_SECONDS):
+        while True:
+            if process.is_waiting and process.waiting_sign is None:
+                process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
+            if process.stopping.wait(RETRY_SECONDS):
+                return
             with process.lock:
                 if process.stopping.is_set() or process.endpoint is not None:
                     return
@@ -446,8 +451,8 @@ def _await_uwsgi_fork(uwsgi: Any) -> None:
         if not conf.PROMPORTS_ENABLED or not _is_usable(_process):
             return
         _uwsgi_parcel, write_end = os.pipe()
-        os.set_blocking(_uwsgi_parcel, False)
         os.write(write_end, b".")
+        os.close(write_end)
         uwsgi.post_fork_hook = partial(_on_uwsgi_fork, uwsgi, getattr(uwsgi, "post_fork_hook", None))
     except Exception:
         logger.exception("uWSGI's workers (of pid %s) serve metrics from their first request on.", os.getpid())
@@ -467,11 +472,8 @@ def _begin_after_unseen_fork() -> None:
     parent, _process = _process, _Process()
     _process.broken = parent.broken
     try:
-        keep = False
-        with suppress(BlockingIOError):  # another child was first
-            keep = _uwsgi_parcel is not None and bool(os.read(_uwsgi_parcel, 1))
         _book.pack()
-        _book.begin_in_child(keep=keep)
+        _book.begin_in_child(keep=_uwsgi_parcel is not None and os.read(_uwsgi_parcel, 1) != b"")
     except Exception:
         logger.exception("A forked child (pid %s) may count what its parent has counted.", os.getpid())
 

@@ -72,7 +72,7 @@ class Child:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"It does not stop.\n{self.output()}") from None
+            raise AssertionError(f"It does not stop.\n{self.output()}")  # noqa: B904 - what went wrong before shows too
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)

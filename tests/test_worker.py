@@ -210,6 +210,15 @@ def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_pro
     assert django_promports.start() == free_ports[0]
 
 
+def test_who_stopped_waiting_may_start_again(free_ports: range, this_process: None, settings: Any) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:1]
+    with socket.create_server(("127.0.0.1", free_ports[0])):
+        assert django_promports.start() is None
+        django_promports.stop()
+
+    assert django_promports.start() == free_ports[0]
+
+
 def test_disabled_claims_nothing(free_ports: range, this_process: None, settings: Any) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports
     settings.PROMPORTS_ENABLED = False
