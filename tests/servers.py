@@ -264,12 +264,15 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(program: str, folder: Path, port: int) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own configuration; only the pace is the test's."""
+def prometheus(program: str, folder: Path, port: int, change_rules: Callable[[str], str] = str) -> Iterator[Prometheus]:
+    """Run Prometheus with the project's own configuration and rules; only the pace is the test's."""
     (folder / "targets").mkdir()
+    (folder / "rules").mkdir()
+    for path in (ROOT / "prometheus/rules").iterdir():
+        (folder / "rules" / path.name).write_text(change_rules(path.read_text()))
     config = (ROOT / "prometheus/prometheus.yml").read_text()
-    assert "scrape_interval: 5s" in config
-    (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
+    assert config.count("_interval: 5s") == 2
+    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", "_interval: 1s"))
     arguments = [
         program,
         f"--config.file={folder}/prometheus.yml",
