@@ -14,8 +14,8 @@ from django_promports import worker
 from tests.matrix import Row, write_table
 
 # Every test gets a block of ports of its own, below the kernel's ephemeral ones.
-BLOCK = 16
-BLOCKS = range(12000, 32000, BLOCK)
+BLOCKS = range(12000, 32000, 16)
+WIDE_BLOCKS = range(10000, 11980, 36)
 
 
 rows: list[Row] = []  # that the tests of this run found
@@ -53,19 +53,34 @@ def own_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any) 
 
 @pytest.fixture
 def free_ports() -> Iterator[range]:
-    """Fifteen consecutive ports that nobody uses. A listening socket on the one before keeps the block."""
-    for first in BLOCKS:
+    """Fifteen consecutive ports that nobody uses."""
+    with _free_block(BLOCKS) as ports:
+        yield ports
+
+
+@pytest.fixture
+def many_free_ports() -> Iterator[range]:
+    """Thirty-five consecutive ports that nobody uses: as many as the default range has, and some for servers."""
+    with _free_block(WIDE_BLOCKS) as ports:
+        yield ports
+
+
+@contextlib.contextmanager
+def _free_block(blocks: range) -> Iterator[range]:
+    """Give the ports of a block but for the first: a listening socket there keeps the block."""
+    for first in blocks:
+        ports = range(first + 1, first + blocks.step)
         with contextlib.ExitStack() as stack:
             try:
                 guard = stack.enter_context(_bound(first))
                 guard.listen()
-                for port in range(first + 1, first + BLOCK):
+                for port in ports:
                     _bound(port).close()
             except OSError:
                 continue
-            yield range(first + 1, first + BLOCK)
+            yield ports
             return
-    raise RuntimeError(f"No free block of {BLOCK} ports in {BLOCKS}")
+    raise RuntimeError(f"No free block of ports in {blocks}")
 
 
 def _bound(port: int) -> socket.socket:

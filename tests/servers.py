@@ -296,13 +296,18 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(program: str, folder: Path, port: int, config: str | None = None) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own configuration, or another; only the pace is the test's."""
+def prometheus(
+    program: str, folder: Path, port: int, config: str | None = None, change_rules: Callable[[str], str] = str
+) -> Iterator[Prometheus]:
+    """Run Prometheus with the project's own configuration and rules, or another; only the pace is the test's."""
     (folder / "targets").mkdir()
+    (folder / "rules").mkdir()
+    for path in (ROOT / "prometheus/rules").iterdir():
+        (folder / "rules" / path.name).write_text(change_rules(path.read_text()))
     if config is None:
         config = (ROOT / "prometheus/prometheus.yml").read_text()
-    assert "scrape_interval: 5s" in config
-    (folder / "prometheus.yml").write_text(config.replace("scrape_interval: 5s", "scrape_interval: 1s"))
+    assert "_interval: 5s" in config
+    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", "_interval: 1s"))
     arguments = [
         program,
         f"--config.file={folder}/prometheus.yml",
