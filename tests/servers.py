@@ -15,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,7 +197,7 @@ def request(url: str, method: str = "GET", seconds: float = 20) -> int:
         with error:
             error.read()
             return error.code
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return 0
 
 
@@ -216,7 +217,7 @@ def describe(port: int, token: str = "") -> dict[str, Any]:
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
         about: dict[str, Any] = json.loads(get(f"http://127.0.0.1:{port}/", 5, **headers))
-    except OSError:
+    except (OSError, HTTPException):
         return {}
     return about
 

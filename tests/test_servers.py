@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,7 @@ def wait_until_exact(site: Site, answered: int) -> None:
 
     def is_exact() -> bool:
         nonlocal counted
-        with contextlib.suppress(OSError):  # a worker has just gone
+        with contextlib.suppress(OSError, HTTPException):  # a worker has just gone
             counted = site.total()
         return counted == answered
 
