@@ -348,7 +348,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
 
 
 def test_mod_wsgi(free_ports: range, row: Row, program: Callable[[str], str]) -> None:
-    program("apache2")
+    program("mod_wsgi-express")
     if os.geteuid() != 0:
         pytest.skip("only root may change the user")
     row.update(Row(server="mod_wsgi", version=versions("mod_wsgi"), mode="mod_wsgi-express, daemon mode", ports="3"))
