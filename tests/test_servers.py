@@ -158,10 +158,12 @@ def uwsgi_servers() -> list[Server]:
         "preforking, py-call-osafterfork": (["--py-call-osafterfork"], hup),
         "preforking, max-requests": (["--max-requests", str(RECYCLED)], ("each", outlive_requests)),
     }
-    return [
+    servers = [
         Server("uWSGI", ("pyuwsgi",), mode, [*UWSGI, *MASTER, *options], recycle=recycle, notes=NOTE, env=PACKAGES)
         for mode, (options, recycle) in modes.items()
     ]
+    servers[3] = servers[3]._replace(notes=f"up to Python 3.12: with 3.13 uWSGI itself ends its workers. {NOTE}")
+    return servers if sys.version_info < (3, 13) else [*servers[:3], *servers[4:]]
 
 
 SERVERS = [
