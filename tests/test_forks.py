@@ -11,8 +11,10 @@ import pytest
 from tests.servers import ROOT
 
 PROCESS = """
-import logging, os, sys, threading, warnings
+import logging, os, signal, sys, threading, warnings
 
+# A child that hangs is killed, and its status tells. (The watchdog of faulthandler is a thread, and does not fork.)
+os.register_at_fork(after_in_child=lambda: signal.alarm(60))
 threads_at_forks = []
 # The first that is registered comes last before the fork.
 os.register_at_fork(before=lambda: threads_at_forks.append(len(os.listdir("/proc/self/task"))))
@@ -32,9 +34,6 @@ beats = Counter("beats", "Beats.", ["who"])
 """
 
 BUSY = """
-import faulthandler
-faulthandler.dump_traceback_later(100, exit=True)
-
 class Unbuffered(logging.Handler):
     # A stream's own lock is Python's business.
     def emit(self, record):
@@ -125,7 +124,7 @@ def _run(script: str, kind: str, ports: range) -> list[str]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # seconds: half a minute on a machine that does little else
         check=False,
     )
     assert done.returncode == 0, done.stderr[-10000:]
