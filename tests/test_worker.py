@@ -142,7 +142,9 @@ def test_a_helper_forked_in_a_view_holds_no_port_when_its_worker_is_killed(
         with socket.create_connection(("127.0.0.1", port)):  # a scrape under way at the fork
             second = int(get(f"http://{site.address}/helper/"))
 
-        assert port not in listening_ports(helper) | listening_ports(second)
+        site.child.wait_until(  # the view answers before the helper has run
+            lambda: port not in listening_ports(helper) | listening_ports(second), "the helpers hold no port"
+        )
         os.kill(worker, signal.SIGKILL)
         site.child.wait_until(
             lambda: (about := describe(port)) and about["pid"] not in (worker, helper, second),
