@@ -24,7 +24,7 @@ def test_the_demo_counts_what_it_sent(with_prometheus: bool, program: Callable[[
     assert "They agree" in demo.output()
     assert ("has scraped all of them" if with_prometheus else "no `prometheus` on PATH") in demo.output()
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo.log"]
-    ports = re.findall(r"http://127.0.0.1:(\d+)/metrics", demo.output())
+    ports = set(re.findall(r"http://127.0.0.1:(\d+)/metrics\s", demo.output()))
     assert len(ports) == 2
     assert not any(describe(int(port)) for port in ports)
 
@@ -33,7 +33,7 @@ def test_a_kept_demo_runs_until_it_is_told_to_stop(tmp_path: Path) -> None:
     command = [sys.executable, "manage.py", "demo", "--duration", "1", "--workers", "1", "--keep"]
     with running(*command, log=tmp_path / "demo.log", TMPDIR=str(tmp_path), PATH="/nonexistent") as demo:
         demo.wait_until(lambda: "Running until Ctrl-C" in demo.output(), "the demo has told its story", 60)
-        (port,) = set(re.findall(r"http://127.0.0.1:(\d+)/metrics", demo.output()))
+        (port,) = set(re.findall(r"http://127.0.0.1:(\d+)/metrics\s", demo.output()))
         answered = describe(int(port))
 
         demo.process.send_signal(signal.SIGINT)

@@ -23,11 +23,13 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
+from django_promports.activity import Activity
 from django_promports.endpoint import COLLECTOR_FAILURES, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
 from django_promports.ports import claim
 from django_promports.values import Book
+from tests.commands import look_nowhere
 from tests.servers import ROOT, wait_until
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -76,8 +78,10 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
 
         def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
             claimed = claim("127.0.0.1", free_ports)
-            options = {"about": lambda: {"port": claimed.port, "pid": "<1>"}, "find_targets": find_targets} | options
-            endpoint = Endpoint(claimed.listener, exposition=Exposition(Book(registry)), **options)
+            about = {"port": claimed.port, "pid": "<1>"}
+            options = {"about": lambda: about, "find_targets": find_targets, "look": look_nowhere} | options
+            exposition, activity = Exposition(Book(registry)), Activity(registry)
+            endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -475,6 +479,8 @@ def test_stop_frees_the_port_and_ends_the_thread(serve: Callable[..., Served], f
 def test_the_endpoint_survives_a_process_without_file_descriptors() -> None:
     script = """
 import os, resource, socket, urllib.request
+from prometheus_client import REGISTRY
+from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.values import Book
@@ -482,7 +488,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
-Endpoint(listener, about=dict, find_targets=None, exposition=Exposition(Book())).start()
+exposition, activity = Exposition(Book()), Activity(REGISTRY)
+Endpoint(listener, about=dict, find_targets=None, look=None, exposition=exposition, activity=activity).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted
