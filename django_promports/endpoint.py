@@ -21,7 +21,7 @@ from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
@@ -29,7 +29,7 @@ from prometheus_client import Counter
 
 from django_promports import pages
 from django_promports.activity import Activity
-from django_promports.exposition import Exposition
+from django_promports.exposition import SLICE_SECONDS, Exposition
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
 from django_promports.targets import check_host
 
@@ -329,7 +329,13 @@ class Endpoint:
         found = yield from self._loop.share("/", partial(self._look, self._loop))  # asks every port of the range
         if found.origin is not None:
             found = found._replace(origin=_find_origin(request.header("Host"), found.origin))
-        return Response(200, "text/html; charset=utf-8", pages.render(found, about), pages.HEADERS)
+        pieces, rested = [], perf_counter()
+        for piece in pages.draw(found, about):
+            pieces.append(piece)
+            if perf_counter() - rested > SLICE_SECONDS:
+                yield from self._loop.give_way()
+                rested = perf_counter()
+        return Response(200, "text/html; charset=utf-8", "".join(pieces).encode(), pages.HEADERS)
 
 
 def _await_end(thread: threading.Thread) -> None:

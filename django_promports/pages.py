@@ -146,7 +146,7 @@ HEADERS = (
     ("Referrer-Policy", "no-referrer"),
 )
 
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -160,7 +160,8 @@ PAGE = """<!doctype html>
 <body>
 <main id="workers">
 <h1>{title}</h1>
-{content}<footer><small>Drawn at {time} UTC, and anew every {refresh} s. The numbers are means of the last {now:g} s.
+"""
+FOOT = """<footer><small>Drawn at {time} UTC, and anew every {refresh} s. The numbers are means of the last {now:g} s.
 A new process begins a new plot, and goes on with the counts of the one before.</small></footer>
 </main>
 <p role="status" class="warning"></p>
@@ -233,26 +234,29 @@ def read(port: int, answer: Answer) -> Worker:
     )
 
 
-def render(found: Look, own: Mapping[str, object] | None = None) -> bytes:
-    """Return the page. own: what the worker that serves it says of itself; None if the site serves it."""
+def render(found: Look) -> bytes:
+    """Return the page of a site."""
+    return "".join(draw(found)).encode()
+
+
+def draw(found: Look, own: Mapping[str, object] | None = None) -> Iterator[str]:
+    """Yield the page in pieces that take a millisecond or so to make, and more in a large site.
+
+    own: what the worker that serves it says of itself; None if the site serves it.
+    """
     port = own.get("port") if own else None
-    parts = _render_summary(found)
-    if any(worker.samples for worker in found.workers):
-        parts = chain(parts, _render_sums(found.workers))
+    title = "Workers" if own is None else escape(f"Worker on port {port}")
+    yield HEAD.format(title=title, project=escape(found.project), style=STYLE, refresh=REFRESH_SECONDS)
+    yield from _draw_summary(found)
+    many = [measure_all(worker.samples) for worker in found.workers]
+    if any(many):
+        yield from _draw_sums(found.workers, many)
     if found.workers:
-        parts = chain(parts, _render_table(found, port))
+        yield from _draw_table(found, many, port)
     if own:
-        parts = chain(parts, _render_own(own))
-    return PAGE.format(
-        title="Workers" if own is None else escape(f"Worker on port {port}"),
-        project=escape(found.project),
-        style=STYLE,
-        script=SCRIPT,
-        content="".join(parts),
-        refresh=REFRESH_SECONDS,
-        now=NOW_SECONDS,
-        time=strftime("%H:%M:%S", gmtime()),
-    ).encode()
+        yield from _draw_own(own)
+    time = strftime("%H:%M:%S", gmtime())
+    yield FOOT.format(time=time, script=SCRIPT, refresh=REFRESH_SECONDS, now=NOW_SECONDS)
 
 
 def format_duration(seconds: float) -> str:
@@ -268,9 +272,9 @@ def format_duration(seconds: float) -> str:
 
 def measure(older: Sample, newer: Sample) -> Rate | None:
     """Return what happened between two samples; None if they are too close, or of different counts."""
-    seconds = older.ago - newer.ago
-    requests, answered, spent = (b - a for a, b in zip(older[1:], newer[1:], strict=True))
-    if seconds < MOMENT_SECONDS or min(requests, answered, spent) < 0:
+    seconds, requests = older.ago - newer.ago, newer.requests - older.requests
+    answered, spent = newer.answered - older.answered, newer.seconds - older.seconds
+    if seconds < MOMENT_SECONDS or requests < 0 or answered < 0 or spent < 0:
         return None
     return Rate(older.ago, newer.ago, requests / seconds, spent / answered if answered else None)
 
@@ -292,13 +296,15 @@ def measure_all(samples: Sequence[Sample]) -> list[Rate]:
 
 def add_up(many: Sequence[Sequence[Rate]]) -> list[Rate]:
     """Return what all processes did together, in the steps of the samples."""
-    total = []
-    for step in range(int(KEPT_SECONDS / SAMPLE_SECONDS), 0, -1):
-        ago = step * SAMPLE_SECONDS
-        current = [rate for rates in many for rate in rates if rate.ago >= ago > rate.until]
-        if current:
-            total.append(Rate(ago, ago - SAMPLE_SECONDS, *_mean(current)))
-    return total
+    steps = int(KEPT_SECONDS / SAMPLE_SECONDS)
+    current: dict[int, list[Rate]] = {}  # by the step in whose beginning they were
+    for rate in chain(*many):
+        for step in range(int(rate.until / SAMPLE_SECONDS) + 1, min(int(rate.ago / SAMPLE_SECONDS), steps) + 1):
+            current.setdefault(step, []).append(rate)
+    return [
+        Rate(step * SAMPLE_SECONDS, (step - 1) * SAMPLE_SECONDS, *_mean(current[step]))
+        for step in sorted(current, reverse=True)
+    ]
 
 
 def _mean(rates: Sequence[Rate]) -> tuple[float, float | None]:
@@ -334,7 +340,7 @@ def _read_samples(value: Any) -> list[Sample]:
     return samples
 
 
-def _render_summary(found: Look) -> Iterator[str]:
+def _draw_summary(found: Look) -> Iterator[str]:
     states = Counter(worker.state for worker in found.workers)
     free = len(found.ports) - len(found.workers)
     ports = f" in {format_ports(found.ports)}" if found.ports else ""
@@ -347,8 +353,8 @@ def _render_summary(found: Look) -> Iterator[str]:
         yield '<p class="soft">No worker of this site holds a port: is the server running?</p>\n'
 
 
-def _render_sums(workers: Sequence[Worker]) -> Iterator[str]:
-    rates = add_up([measure_all(worker.samples) for worker in workers])
+def _draw_sums(workers: Sequence[Worker], many: Sequence[Sequence[Rate]]) -> Iterator[str]:
+    rates = add_up(many)
     now = _mean([rate for worker in workers if (rate := measure_now(worker.samples))])
     yield '<section class="sums" aria-label="All workers">\n'
     for name, kind, format_, number, values in (
@@ -357,7 +363,7 @@ def _render_sums(workers: Sequence[Worker]) -> Iterator[str]:
     ):
         top = _round_up(max((value for value in values if value is not None), default=0.0))
         points = [(rate.ago, rate.until, value) for rate, value in zip(rates, values, strict=True)]
-        drawn = _draw(f"{name} of all workers", f"all-{kind}", points, top, format_, kind)
+        drawn = _plot(f"{name} of all workers", f"all-{kind}", points, top, format_, kind)
         yield f"<figure><figcaption><span>{name}, all workers</span><b>{format_(number)}</b></figcaption>\n"
         yield f'<small class="axis" aria-hidden="true"><span>{format_(top)}</span></small>\n{drawn}'
         yield f'<small class="axis" aria-hidden="true"><span>{KEPT_SECONDS / 60:g} minutes ago</span><span>now</span>'
@@ -365,8 +371,7 @@ def _render_sums(workers: Sequence[Worker]) -> Iterator[str]:
     yield "</section>\n"
 
 
-def _render_table(found: Look, own_port: object) -> Iterator[str]:
-    many = [measure_all(worker.samples) for worker in found.workers]
+def _draw_table(found: Look, many: Sequence[Sequence[Rate]], own_port: object) -> Iterator[str]:
     top = max((rate.requests for rates in many for rate in rates), default=0.0)
     slow = max((rate.latency or 0.0 for rates in many for rate in rates), default=0.0)
     yield '<table role="table">\n'
@@ -387,11 +392,11 @@ def _render_table(found: Look, own_port: object) -> Iterator[str]:
         yield f'<th role="columnheader" scope="col" class="{kind}">{name}</th>'
     yield '</tr></thead>\n<tbody role="rowgroup">\n'
     for worker, rates in zip(found.workers, many, strict=True):
-        yield from _render_row(worker, rates, top, slow, found.origin, worker.port == own_port)
+        yield from _draw_row(worker, rates, top, slow, found.origin, worker.port == own_port)
     yield "</tbody>\n</table>\n"
 
 
-def _render_row(
+def _draw_row(
     worker: Worker, rates: Sequence[Rate], top: float, slow: float, origin: str | None, is_own: bool
 ) -> Iterator[str]:
     port, now = worker.port, measure_now(worker.samples)
@@ -418,7 +423,7 @@ def _render_row(
         ("Latency", "second", _format_seconds, now and now.latency, [r.latency for r in rates], slow),
     ):
         points = [(rate.ago, rate.until, value) for rate, value in zip(rates, values, strict=True)]
-        drawn = _draw(f"{name} of port {port}", f"{port}-{kind}", points, most, format_, kind) if points else ""
+        drawn = _plot(f"{name} of port {port}", f"{port}-{kind}", points, most, format_, kind) if points else ""
         yield f'<td role="cell" class="plotted" data-name="{name}"><div><span class="number">{format_(number)}</span>'
         yield f"{drawn}</div></td>\n"
     if origin:
@@ -431,7 +436,7 @@ def _render_row(
     yield "</tr>\n"
 
 
-def _render_own(own: Mapping[str, object]) -> Iterator[str]:
+def _draw_own(own: Mapping[str, object]) -> Iterator[str]:
     yield '<h2>This process</h2>\n<p>Prometheus scrapes it at <a href="/metrics">/metrics</a>. '
     yield 'The ports of all workers are listed at <a href="/targets">/targets</a>, as http_sd.</p>\n<dl>\n'
     for name, value in own.items():
@@ -439,7 +444,7 @@ def _render_own(own: Mapping[str, object]) -> Iterator[str]:
     yield "</dl>\n"
 
 
-def _draw(
+def _plot(
     title: str,
     ident: str,
     points: Sequence[tuple[float, float, float | None]],

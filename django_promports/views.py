@@ -57,7 +57,7 @@ def page(request: HttpRequest) -> HttpResponse:
 
 
 def _is_staff(user: Any) -> bool:
-    if user.is_authenticated and not (user.is_active and user.is_staff):
+    if user.is_authenticated and not (user.is_active and getattr(user, "is_staff", False)):
         raise PermissionDenied("This page is for staff.")  # to log in once more would lead here again
     return bool(user.is_authenticated)
 

@@ -6,7 +6,6 @@ import base64
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -46,13 +45,11 @@ def resize(browser: Chrome, size: tuple[int, int], scale: float = 1, *, dark: bo
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
 
 
-def measure(browser: Chrome) -> dict[str, Any]:
-    """Return the width of the page's content and of the window, in CSS pixels."""
-    return dict(
-        browser.execute_script(
-            "return {content: document.documentElement.scrollWidth, window: document.documentElement.clientWidth}"
-        )
-    )
+def measure_widths(browser: Chrome) -> tuple[int, int, int]:
+    """Return the widths of the content, of the room beside a scroll bar, and of the window, in CSS pixels."""
+    script = "const root = document.documentElement; return [root.scrollWidth, root.clientWidth, innerWidth]"
+    content, room, window = browser.execute_script(script)
+    return content, room, window
 
 
 def take_picture(browser: Chrome, path: Path, height: int | None = None) -> None:
@@ -63,7 +60,7 @@ def take_picture(browser: Chrome, path: Path, height: int | None = None) -> None
     path.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
 
-def log_in(browser: Chrome, name: str, password: str) -> None:
+def fill_in_login(browser: Chrome, name: str, password: str) -> None:
     """Fill in the form that Django shows who is not logged in."""
     browser.find_element(By.NAME, "username").send_keys(name)
     browser.find_element(By.NAME, "password").send_keys(password)

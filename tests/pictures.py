@@ -9,7 +9,7 @@ import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
 
-from tests.browser import DESKTOP, PHONE, chromium, log_in, resize, take_picture
+from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, resize, take_picture
 from tests.servers import ROOT, running
 
 # Traffic that is left when the first picture is taken.
@@ -29,23 +29,30 @@ def take_pictures(scratch: Path, folder: Path, duration: int) -> None:
     command = [sys.executable, "manage.py", "demo", "--keep", "--duration", str(duration)]
     with running(*command, log=scratch / "demo.log", TMPDIR=str(scratch)) as demo:
 
+        def find_pages() -> re.Match[str] | None:
+            return re.search(
+                r"page +(http:\S+) +\(log in as (\w+) with (\S+)\)\n +worker page (http:\S+)", demo.output()
+            )
+
         def is_nearly_over() -> bool:
             left = re.findall(r"answered, (\d+) s to go", demo.output())
             return bool(left) and int(left[-1]) <= SECONDS_LEFT
 
-        demo.wait_until(is_nearly_over, "there was traffic", duration + 60)
-        found = re.search(r"page +(http:\S+) +\(log in as (\w+) with (\S+)\)\n +worker page (http:\S+)", demo.output())
-        assert found, demo.output()
+        found = demo.wait_until(find_pages, "the demo tells where its pages are", 60)
+        assert found
         site, name, password, worker = found.groups()
+        # The start of a browser takes processors away, and would be seen in the plots.
         with chromium(_find, scratch / "profile") as browser:
             resize(browser, DESKTOP)
             browser.get(site)
-            log_in(browser, name, password)
+            fill_in_login(browser, name, password)
+            browser.get("about:blank")
+            demo.wait_until(is_nearly_over, "there was traffic", duration + 60)
+            browser.get(site)
             take_picture(browser, folder / "page-site.png")
-            resize(browser, DESKTOP, dark=True)
             browser.get(worker)
             take_picture(browser, folder / "page-worker.png")
-            resize(browser, PHONE, 2)
+            resize(browser, PHONE, 2, dark=True)
             browser.get(site)
             take_picture(browser, folder / "page-phone.png", 2 * PHONE[1])
 

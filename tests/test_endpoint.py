@@ -28,9 +28,11 @@ from django_promports.endpoint import COLLECTOR_FAILURES, MAX_CONNECTIONS, MAX_H
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
 from django_promports.ports import claim
+from django_promports.targets import count_samples
 from django_promports.values import Book
 from tests.commands import look_nowhere
 from tests.servers import ROOT, wait_until
+from tests.test_activity import count_requests
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
 
@@ -149,6 +151,36 @@ def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable
     assert b"&lt;1&gt;" in page
     assert data_headers["Content-Type"] == "application/json"
     assert json.loads(data) == {"port": served.port, "pid": "<1>"}
+
+
+def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
+    serve: Callable[..., Served], registry: CollectorRegistry
+) -> None:
+    requests, latency = count_requests(registry)
+    served = serve()
+    requests.inc(5)
+    latency.observe(0.5)
+    scrapes = SERVED._value.get()
+
+    told = json.loads(served.ask("/?activity", Accept="application/json")[2])
+
+    assert told["activity"][-1][1:] == [5, 1, 0.5]
+    assert told["series"] == count_samples(served.ask()[2])
+    assert SERVED._value.get() == scrapes + 1  # to count the series was none
+
+
+def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
+    serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "COUNT_PATIENCE_SECONDS", 0.1)
+    served = serve()
+    served.endpoint._rendering = True
+
+    told = json.loads(served.ask("/?activity", Accept="application/json")[2])
+
+    assert told["series"] is None
+    served.endpoint._rendering = False
+    wait_until(lambda: served.endpoint._exposition.series, "the series are counted after all")
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:

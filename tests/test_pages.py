@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.cookiejar
 import json
 import math
 import re
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from pytest_django import Settings
+from selenium.common import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
@@ -34,14 +31,18 @@ from django_promports import pages, views
 from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS, Sample
 from django_promports.pages import Look, Rate, Worker
 from django_promports.targets import Answer, count_samples
-from tests.browser import DESKTOP, PHONE, chromium, log_in, measure, resize
+from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
 from tests.commands import answering, run_python
-from tests.servers import Site, database, describe, get, gunicorn, manage, request, wait_until
+from tests.servers import Site, database, describe, get, gunicorn, log_in, manage, request, wait_until
 
 PAGE = "/metrics/"
 PASSWORD = "correct horse"
 ABOUT = {"application": "django_promports", "project": "site"}
 STEADY = [Sample(ago, (60.0 - ago) * 7, (60.0 - ago) * 7, (60.0 - ago) * 0.07) for ago in range(60, -1, -5)]
+
+
+def render(found: Look, own: Mapping[str, object] | None = None) -> bytes:
+    return "".join(pages.draw(found, own)).encode()
 
 
 class Elements(HTMLParser):
@@ -81,7 +82,7 @@ def live(**about: Any) -> Worker:
 def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     def draw(text: str) -> Elements:
         said = [live(command=text), Worker(19101, "other", text), Worker(19102, "live", samples=STEADY)]
-        return Elements(pages.render(find(*said, project=text, origin=f"http://{text}"), {text: text, "port": 1}))
+        return Elements(render(find(*said, project=text, origin=f"http://{text}"), {text: text, "port": 1}))
 
     drawn = draw(text)
 
@@ -106,7 +107,7 @@ def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
 def test_no_answer_of_another_program_breaks_the_page(about: dict[str, Any]) -> None:
     worker = live(**about)
 
-    assert b"</html>" in pages.render(find(worker), {"port": 19100})
+    assert b"</html>" in render(find(worker), {"port": 19100})
     assert all(map(math.isfinite, [worker.uptime or 0, worker.series or 0, *(n for s in worker.samples for n in s)]))
 
 
@@ -133,7 +134,7 @@ def test_each_target_has_its_numbers_in_a_row() -> None:
         pid=417, command="gunicorn", uptime_seconds=125.4, series=164, activity=[list(sample) for sample in STEADY]
     )
 
-    said = " ".join(Elements(pages.render(find(worker))).text.split())
+    said = " ".join(Elements(render(find(worker))).text.split())
 
     assert "1 live, 7 of 8 ports free in 19100-19107" in said
     assert "417 2 m 5 s 164 7.0" in said
@@ -142,7 +143,7 @@ def test_each_target_has_its_numbers_in_a_row() -> None:
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    said = Elements(pages.render(find(live())))
+    said = Elements(render(find(live())))
 
     assert said.text.count(pages.NOTHING) == 5
     assert "svg" not in said.names()
@@ -152,7 +153,7 @@ def test_what_is_not_known_is_a_dash() -> None:
     ("state", "reason"), [("silent", "no answer in 3 s"), ("other", "another program has the port")]
 )
 def test_a_state_is_told_by_word_and_shape_and_with_its_reason(state: str, reason: str) -> None:
-    said = Elements(pages.render(find(Worker(19100, state, reason)))).text
+    said = Elements(render(find(Worker(19100, state, reason)))).text
 
     assert f"{pages.STATES[state][0]} {state}" in said
     assert reason in said
@@ -160,14 +161,14 @@ def test_a_state_is_told_by_word_and_shape_and_with_its_reason(state: str, reaso
 
 
 def test_processes_that_wait_and_workers_that_are_missing_are_told() -> None:
-    said = Elements(pages.render(find(waiting=2))).text
+    said = Elements(render(find(waiting=2))).text
 
     assert "2 processes wait for a port and are not metered; widen PROMPORTS_PORT_RANGE." in said
     assert "No worker of this site holds a port" in said
 
 
 def test_the_page_fetches_nothing_and_its_policy_allows_nothing_else() -> None:
-    page = pages.render(find(Worker(19100, "live", samples=STEADY)), {"port": 19100})
+    page = render(find(Worker(19100, "live", samples=STEADY)), {"port": 19100})
     elements = Elements(page)
     attributes = {name for _, attributes in elements.tags for name in attributes}
 
@@ -180,7 +181,7 @@ def test_the_page_fetches_nothing_and_its_policy_allows_nothing_else() -> None:
 
 
 def test_table_and_plots_speak_to_who_cannot_see_them() -> None:
-    elements = Elements(pages.render(find(Worker(19100, "live", samples=STEADY))))
+    elements = Elements(render(find(Worker(19100, "live", samples=STEADY))))
     ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
     plots = [attributes for tag, attributes in elements.tags if tag == "svg"]
 
@@ -194,9 +195,9 @@ def test_table_and_plots_speak_to_who_cannot_see_them() -> None:
 
 
 def test_links_are_left_out_where_a_browser_would_be_refused() -> None:
-    assert Elements(pages.render(find(live(), origin=None))).links() == []
-    assert Elements(pages.render(find(Worker(19100, "other")))).links() == []
-    assert len(Elements(pages.render(find(live()))).links()) == 3
+    assert Elements(render(find(live(), origin=None))).links() == []
+    assert Elements(render(find(Worker(19100, "other")))).links() == []
+    assert len(Elements(render(find(live()))).links()) == 3
 
 
 def test_rates_are_differences_within_one_process() -> None:
@@ -224,7 +225,7 @@ def test_the_workers_add_up_and_who_answers_more_weighs_more() -> None:
 
 def test_a_plot_stays_within_its_frame() -> None:
     samples = [Sample(KEPT_SECONDS + 100 - i, i * i, i * i, i * 3) for i in range(0, 400, 5)]
-    page = pages.render(find(Worker(19100, "live", samples=samples))).decode()
+    page = render(find(Worker(19100, "live", samples=samples))).decode()
 
     points = re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'(?:points|d)="M?([^"]+)"', page)))
 
@@ -314,19 +315,8 @@ def make_users(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def open_page(site: Site, name: str) -> tuple[int, bytes]:
-    """Log in and return status and body of the site's page."""
-    cookies = http.cookiejar.CookieJar()
-    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(cookies), urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{site.address}{PAGE}", timeout=20) as form:
-        (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', form.read().decode())
-        fields = {"username": name, "password": PASSWORD, "csrfmiddlewaretoken": token}
-    try:
-        with opener.open(form.url, urllib.parse.urlencode(fields).encode(), timeout=20) as answer:
-            return int(answer.status), answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read()
+def open_page(site: Site, name: str) -> bytes:
+    return log_in(f"http://{site.address}{PAGE}", name, PASSWORD)
 
 
 def shown_rate(page: bytes) -> float:
@@ -351,21 +341,20 @@ def test_both_pages_show_the_requests_per_second_that_there_are(free_ports: rang
             def both() -> list[float]:
                 if time.monotonic() < began + 20:  # then no window begins before the traffic
                     return []
-                status, page = open_page(site, "staff")
-                assert status == 200
+                page = open_page(site, "staff")
                 own = get(f"http://127.0.0.1:{first}/")
                 now = time.monotonic()
                 rates = [shown_rate(page), shown_rate(own)]
                 return rates if all(is_near(rate, answered, now) for rate in rates) else []
 
             shown = site.child.wait_until(both, "both pages show the rate", 60)
-            status, _ = open_page(site, "guest")
+            refused = open_page(site, "guest")
 
         scraped = get(f"http://127.0.0.1:{first}/metrics")
         series = json.loads(get(f"http://127.0.0.1:{first}/?activity", Accept="application/json"))["series"]
 
     assert min(shown) > 0
-    assert status == 403
+    assert b"403 Forbidden" in refused
     assert series == count_samples(scraped)
 
 
@@ -421,21 +410,21 @@ def site(free_ports: range, tmp_path: Path) -> Iterator[Site]:
         yield site
 
 
-def see(browser: Chrome, css: str, text: str = "") -> Any:
-    """Return the element once it is there with this text; pages replace their elements."""
+def see(browser: Chrome, css: str, text: str = "") -> str:
+    """Return what an element says once this is in it; a page that is drawn anew replaces its elements."""
 
-    def look() -> Any:
-        with contextlib.suppress(Exception):
-            element = browser.find_element(By.CSS_SELECTOR, css)
-            return element if text in element.text else None
-        return None
+    def look() -> str:
+        with contextlib.suppress(WebDriverException):
+            said = browser.find_element(By.CSS_SELECTOR, css).text
+            return said if text in said else ""
+        return ""
 
     return wait_until(look, f"{css} says {text!r}", output=lambda: browser.page_source[-5000:])
 
 
 def click(browser: Chrome, css: str) -> None:
     def attempt() -> bool:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(WebDriverException):
             browser.find_element(By.CSS_SELECTOR, css).click()
             return True
         return False
@@ -450,20 +439,22 @@ def test_a_person_clicks_from_the_site_to_the_workers(
     first, second = site.live()
     with chromium(program, tmp_path / "profile") as browser:
         browser.get(f"http://{site.address}{PAGE}")
-        log_in(browser, "staff", PASSWORD)
+        fill_in_login(browser, "staff", PASSWORD)
         see(browser, "h1", "Workers")
         for size in (DESKTOP, PHONE):
             resize(browser, size)
-            widths = measure(browser)
-            assert widths["content"] <= widths["window"] == size[0], f"{size}: {widths}"
+            content, room, window = measure_widths(browser)
+            assert content <= room
+            assert window == size[0]
 
         click(browser, f'a[href$=":{first}/"]')
         see(browser, "h1", f"Worker on port {first}")
         see(browser, "tr[aria-current]", str(first))
         for size in (DESKTOP, PHONE):
             resize(browser, size, dark=True)
-            widths = measure(browser)
-            assert widths["content"] <= widths["window"] == size[0], f"{size}: {widths}"
+            content, room, window = measure_widths(browser)
+            assert content <= room
+            assert window == size[0]
         click(browser, f'a[href$=":{second}/"]')
         see(browser, "h1", f"Worker on port {second}")
         click(browser, f'a[href$=":{first}/metrics"]')
@@ -484,15 +475,15 @@ def test_a_page_is_drawn_anew_in_place_and_says_when_it_cannot_be(
     with chromium(program, tmp_path / "profile") as browser:
         browser.get(f"http://127.0.0.1:{first}/")
         browser.execute_script("window.isSamePage = true")
-        drawn = see(browser, "footer", "Drawn at").text
+        drawn = see(browser, "footer", "Drawn at")
         link = f'a[href$=":{second}/metrics"]'
         browser.execute_script("document.querySelector(arguments[0]).focus()", link)
 
-        wait_until(lambda: see(browser, "footer").text != drawn, "it is drawn anew")
+        wait_until(lambda: see(browser, "footer") != drawn, "it is drawn anew")
 
         assert browser.execute_script("return window.isSamePage")
         assert browser.execute_script("return document.activeElement.matches(arguments[0])", link)
-        assert see(browser, "[role=status]").text == ""
+        assert browser.find_element(By.CSS_SELECTOR, "[role=status]").text == ""
 
         site.child.stop()
         see(browser, "[role=status]", "cannot be refreshed")
@@ -508,11 +499,11 @@ def test_without_javascript_the_page_is_whole_and_still_drawn_anew(
         browser.get("data:text/html,<title>off</title><script>document.title='on'</script>")
         assert browser.title == "off"
         browser.get(f"http://{site.address}{PAGE}")
-        log_in(browser, "staff", PASSWORD)
+        fill_in_login(browser, "staff", PASSWORD)
         see(browser, "table", "live")
-        drawn = see(browser, "footer", "Drawn at").text
+        drawn = see(browser, "footer", "Drawn at")
 
-        wait_until(lambda: see(browser, "footer").text != drawn, "it is drawn anew")
+        wait_until(lambda: see(browser, "footer") != drawn, "it is drawn anew")
         click(browser, f'a[href$=":{first}/"]')
         see(browser, "h1", f"Worker on port {first}")
         click(browser, f'a[href$=":{second}/"]')
