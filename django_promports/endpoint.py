@@ -335,7 +335,7 @@ class Endpoint:
             if perf_counter() - rested > SLICE_SECONDS:
                 yield from self._loop.give_way()
                 rested = perf_counter()
-        return Response(200, "text/html; charset=utf-8", "".join(pieces).encode(), pages.HEADERS)
+        return Response(200, "text/html; charset=utf-8", pages.encode(pieces), pages.HEADERS)
 
 
 def _await_end(thread: threading.Thread) -> None:

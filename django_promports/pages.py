@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from itertools import chain, pairwise
@@ -51,6 +51,7 @@ main{max-width:72rem;margin:0 auto;padding:1.75rem 1.25rem 2.5rem}
 h1{font-size:1.5rem;line-height:1.2;margin:0 0 .25rem}
 h2{font-size:1.05rem;margin:2rem 0 .5rem}
 p{margin:.25rem 0 0}
+h1,p,dd,td{overflow-wrap:anywhere}
 a{color:var(--line);text-underline-offset:.15em}
 a:focus-visible{outline:2px solid var(--line);outline-offset:2px}
 .soft,small{color:var(--soft)}
@@ -79,11 +80,10 @@ tbody th{font-weight:600}
 .plotted>div{display:grid;grid-template-columns:4.5rem minmax(5rem,1fr);gap:.75rem;align-items:center}
 .plotted svg{height:2rem}
 tr[aria-current]{background:var(--card)}
-td{overflow-wrap:anywhere}
 td.links a{margin-right:.6rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.5rem;margin:.5rem 0 0}
 dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere}
+dd{margin:0;min-width:0}
 footer{margin-top:1.5rem}
 .unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 @media (max-width:52rem){
@@ -198,11 +198,12 @@ class Look(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The mean of the time between two moments. latency is in seconds, and None where nothing was answered."""
+    """Means of the time between two moments, per second; latency is in seconds, and None where nothing was answered."""
 
     ago: float
     until: float
     requests: float
+    answered: float
     latency: float | None
 
 
@@ -236,7 +237,12 @@ def read(port: int, answer: Answer) -> Worker:
 
 def render(found: Look) -> bytes:
     """Return the page of a site."""
-    return "".join(draw(found)).encode()
+    return encode(draw(found))
+
+
+def encode(pieces: Iterable[str]) -> bytes:
+    """Return the bytes of a page; JSON may have brought what UTF-8 does not know."""
+    return "".join(pieces).encode(errors="replace")
 
 
 def draw(found: Look, own: Mapping[str, object] | None = None) -> Iterator[str]:
@@ -276,7 +282,8 @@ def measure(older: Sample, newer: Sample) -> Rate | None:
     answered, spent = newer.answered - older.answered, newer.seconds - older.seconds
     if seconds < MOMENT_SECONDS or requests < 0 or answered < 0 or spent < 0:
         return None
-    return Rate(older.ago, newer.ago, requests / seconds, spent / answered if answered else None)
+    latency = spent / answered if answered else None
+    return Rate(older.ago, newer.ago, requests / seconds, answered / seconds, latency)
 
 
 def measure_now(samples: Sequence[Sample]) -> Rate | None:
@@ -307,13 +314,11 @@ def add_up(many: Sequence[Sequence[Rate]]) -> list[Rate]:
     ]
 
 
-def _mean(rates: Sequence[Rate]) -> tuple[float, float | None]:
-    """Return the requests per second of all, and the latency, to which each adds as much as it answers."""
-    answering = [(rate.requests, rate.latency) for rate in rates if rate.latency is not None]
-    weight = sum(requests for requests, _ in answering)
-    return sum(rate.requests for rate in rates), (
-        sum(requests * latency for requests, latency in answering) / weight if weight else None
-    )
+def _mean(rates: Sequence[Rate]) -> tuple[float, float, float | None]:
+    """Return the requests and answers per second of all, and the latency, to which each adds as much as it answers."""
+    answered = sum(rate.answered for rate in rates)
+    spent = sum(rate.answered * (rate.latency or 0.0) for rate in rates)
+    return sum(rate.requests for rate in rates), answered, spent / answered if answered else None
 
 
 def _number(value: Any) -> float | None:
@@ -349,17 +354,17 @@ def _draw_summary(found: Look) -> Iterator[str]:
     yield f'<span class="soft">\N{MIDDLE DOT} {escape(found.project)}</span></p>\n'
     if found.waiting:
         yield f'<p class="warning">{escape(format_waiting(found.waiting))}; widen PROMPORTS_PORT_RANGE.</p>\n'
-    if found.ports and not states["live"]:
+    if found.ports and not states["live"] + states["silent"]:
         yield '<p class="soft">No worker of this site holds a port: is the server running?</p>\n'
 
 
 def _draw_sums(workers: Sequence[Worker], many: Sequence[Sequence[Rate]]) -> Iterator[str]:
     rates = add_up(many)
-    now = _mean([rate for worker in workers if (rate := measure_now(worker.samples))])
+    requests, _, latency = _mean([rate for worker in workers if (rate := measure_now(worker.samples))])
     yield '<section class="sums" aria-label="All workers">\n'
     for name, kind, format_, number, values in (
-        ("Requests per second", "first", _format_rate, now[0], [rate.requests for rate in rates]),
-        ("Latency", "second", _format_seconds, now[1], [rate.latency for rate in rates]),
+        ("Requests per second", "first", _format_rate, requests, [rate.requests for rate in rates]),
+        ("Latency", "second", _format_seconds, latency, [rate.latency for rate in rates]),
     ):
         top = _round_up(max((value for value in values if value is not None), default=0.0))
         points = [(rate.ago, rate.until, value) for rate, value in zip(rates, values, strict=True)]

@@ -12,6 +12,8 @@ from pathlib import Path
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, resize, take_picture
 from tests.servers import ROOT, running
 
+# How the demo tells where its pages are, and who may see them.
+LOGIN = r"page +(http:\S+) +\(log in as (\w+) with (\S+)\)\n +worker page (http:\S+)"
 # Traffic that is left when the first picture is taken.
 SECONDS_LEFT = 15
 

@@ -42,7 +42,7 @@ STEADY = [Sample(ago, (60.0 - ago) * 7, (60.0 - ago) * 7, (60.0 - ago) * 0.07) f
 
 
 def render(found: Look, own: Mapping[str, object] | None = None) -> bytes:
-    return "".join(pages.draw(found, own)).encode()
+    return pages.encode(pages.draw(found, own))
 
 
 class Elements(HTMLParser):
@@ -98,7 +98,12 @@ def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
         optional=dict.fromkeys(
             ["pid", "command", "uptime_seconds", "series", "activity"],
             st.recursive(
-                st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+                st.none()
+                | st.booleans()
+                | st.integers()
+                | st.floats()
+                | st.text()
+                | st.sampled_from([10**400, "\ud800"]),
                 lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(), some, max_size=2),
             ),
         ),
@@ -129,6 +134,10 @@ def test_odd_samples_are_no_samples(activity: object) -> None:
     assert live(activity=activity).samples == []
 
 
+def test_json_may_bring_what_no_page_can_hold() -> None:
+    assert b"<small>?</small>" in render(find(live(command=json.loads('"\\ud800"'))))
+
+
 def test_each_target_has_its_numbers_in_a_row() -> None:
     worker = live(
         pid=417, command="gunicorn", uptime_seconds=125.4, series=164, activity=[list(sample) for sample in STEADY]
@@ -157,6 +166,7 @@ def test_a_state_is_told_by_word_and_shape_and_with_its_reason(state: str, reaso
 
     assert f"{pages.STATES[state][0]} {state}" in said
     assert reason in said
+    assert ("is the server running" in said) == (state == "other")  # a silent one may be a worker that hangs
     assert len({shape for shape, _ in pages.STATES.values()}) == len(pages.STATES)
 
 
@@ -203,22 +213,22 @@ def test_links_are_left_out_where_a_browser_would_be_refused() -> None:
 def test_rates_are_differences_within_one_process() -> None:
     samples = [Sample(ago, 1e6 + requests, 1e6 + requests, 5e3 + requests / 4) for ago, requests in ((20, 0), (8, 60))]
 
-    assert pages.measure(*samples) == Rate(20, 8, 5.0, 0.25)
-    assert pages.measure_now(samples) == Rate(20, 8, 5.0, 0.25)
+    assert pages.measure(*samples) == Rate(20, 8, 5.0, 5.0, 0.25)
+    assert pages.measure_now(samples) == Rate(20, 8, 5.0, 5.0, 0.25)
     assert pages.measure_now(samples[:1]) is None
     assert pages.measure_now([]) is None
     assert pages.measure(samples[1]._replace(ago=20), samples[0]._replace(ago=8)) is None  # the counter was reset
     idle = pages.measure(samples[0], samples[0]._replace(ago=0))
-    assert idle == Rate(20, 0, 0.0, None)
+    assert idle == Rate(20, 0, 0.0, 0.0, None)
 
 
 def test_the_workers_add_up_and_who_answers_more_weighs_more() -> None:
-    many = [[Rate(60, 0, 30.0, 0.1)], [Rate(30, 0, 10.0, 0.5)], [Rate(60, 0, 0.0, None)]]
+    many = [[Rate(60, 0, 30.0, 30.0, 0.1)], [Rate(30, 0, 12.0, 10.0, 0.5)], [Rate(60, 0, 0.0, 0.0, None)]]
 
     total = pages.add_up(many)
 
-    assert total[0] == Rate(60, 55, 30.0, 0.1)
-    assert total[-1].requests == 40
+    assert total[0] == Rate(60, 55, 30.0, 30.0, 0.1)
+    assert total[-1].requests == 42
     assert total[-1].latency == pytest.approx(0.2)
     assert len(total) == 60 / SAMPLE_SECONDS
 
