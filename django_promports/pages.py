@@ -7,6 +7,7 @@ program may have a port.
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ main{max-width:72rem;margin:0 auto;padding:1.75rem 1.25rem 2.5rem}
 h1{font-size:1.5rem;line-height:1.2;margin:0 0 .25rem}
 h2{font-size:1.05rem;margin:2rem 0 .5rem}
 p{margin:.25rem 0 0}
-h1,p,dd,td{overflow-wrap:anywhere}
+h1,p,dd,td.what{overflow-wrap:anywhere}
 a{color:var(--line);text-underline-offset:.15em}
 a:focus-visible{outline:2px solid var(--line);outline-offset:2px}
 .soft,small{color:var(--soft)}
@@ -80,23 +81,27 @@ tbody th{font-weight:600}
 .plotted>div{display:grid;grid-template-columns:4.5rem minmax(5rem,1fr);gap:.75rem;align-items:center}
 .plotted svg{height:2rem}
 tr[aria-current]{background:var(--card)}
-td.links a{margin-right:.6rem}
+td.links{white-space:nowrap}
+td.links a+a{margin-left:.6rem}
+td.what{min-width:9rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.5rem;margin:.5rem 0 0}
 dt{color:var(--soft)}
 dd{margin:0;min-width:0}
 footer{margin-top:1.5rem}
 .unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-@media (max-width:52rem){
+@media (max-width:62rem){
 main{padding:1.1rem .9rem 2rem}
 .sums{gap:.7rem;margin:1rem 0}
 table,caption,tbody,tr,th,td{display:block}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+tbody{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(19rem,100%),1fr));gap:.7rem}
 tbody tr{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:.5rem .75rem;padding:.75rem .9rem .8rem;
-margin-bottom:.7rem;background:var(--card);border:1px solid var(--rule);border-radius:.6rem}
+align-content:start;background:var(--card);border:1px solid var(--rule);border-radius:.6rem}
 tr[aria-current]{border-color:var(--line)}
 th,td,.number{padding:0;border:0;text-align:left;white-space:normal}
 tbody th,td.what,td.plotted{grid-column:span 3}
 td.number{grid-column:span 2}
+td.what{min-width:0}
 td.links{grid-column:span 6}
 tbody th a{font-size:1.1rem}
 td[data-name]::before{content:attr(data-name);display:block;color:var(--soft);font-size:.8125rem}
@@ -370,7 +375,7 @@ def _draw_sums(workers: Sequence[Worker], many: Sequence[Sequence[Rate]]) -> Ite
         points = [(rate.ago, rate.until, value) for rate, value in zip(rates, values, strict=True)]
         drawn = _plot(f"{name} of all workers", f"all-{kind}", points, top, format_, kind)
         yield f"<figure><figcaption><span>{name}, all workers</span><b>{format_(number)}</b></figcaption>\n"
-        yield f'<small class="axis" aria-hidden="true"><span>{format_(top)}</span></small>\n{drawn}'
+        yield f'<small class="axis" aria-hidden="true"><span>{_shorten(format_(top))}</span></small>\n{drawn}'
         yield f'<small class="axis" aria-hidden="true"><span>{KEPT_SECONDS / 60:g} minutes ago</span><span>now</span>'
         yield "</small></figure>\n"
     yield "</section>\n"
@@ -500,6 +505,10 @@ def _format_seconds(value: float | None) -> str:
     if value >= 1:
         return f"{value:,.1f} s"
     return f"{1000 * value:.0f} ms" if value >= 0.01 or value == 0 else f"{1000 * value:.1f} ms"
+
+
+def _shorten(number: str) -> str:
+    return re.sub(r"\.0\b", "", number)
 
 
 def _round_up(value: float) -> float:
