@@ -17,15 +17,27 @@ TIME_ZONE = "UTC"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
+# The page of the workers is for staff, so somebody must be able to log in.
+AUTH_APPS = ["django.contrib.auth", "django.contrib.contenttypes"]
+AUTH_MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
+SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
+LOGIN_URL = "login"
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "DIRS": [BASE_DIR / "templates"]}]
+
 # The two settings that a user of django_promports writes.
 INSTALLED_APPS = [
     "django_prometheus",
     "django_promports",
     "demo_site",
+    *AUTH_APPS,
 ]
 MIDDLEWARE = [
     "django_prometheus.middleware.PrometheusBeforeMiddleware",
     "django.middleware.common.CommonMiddleware",
+    *AUTH_MIDDLEWARE,
     "django_prometheus.middleware.PrometheusAfterMiddleware",
 ]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from django.contrib.auth.views import LoginView
 from django.urls import include, path
 
 from demo_site import views
@@ -10,5 +11,6 @@ urlpatterns = [
     path("teas/<int:pk>/order/", views.order, name="order"),
     path("search/", views.search, name="search"),
     path("broken/", views.broken, name="broken"),
+    path("login/", LoginView.as_view(template_name="login.html"), name="login"),
     path("metrics/", include("django_promports.urls")),
 ]

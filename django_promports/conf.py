@@ -103,6 +103,11 @@ class Conf:
         return getattr(settings, f"PROMETHEUS_METRICS_EXPORT_{name}", None)
 
     @property
+    def metric_namespace(self) -> str:
+        """What the names of django-prometheus' metrics begin with, if anything."""
+        return str(getattr(settings, "PROMETHEUS_METRIC_NAMESPACE", "") or "")
+
+    @property
     def project(self) -> str:
         """The name that tells the endpoints of this site from those of another on the same machine."""
         return settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django"

@@ -7,7 +7,6 @@ nobody. Answers are made one at a time, and each connection carries one request.
 from __future__ import annotations
 
 import hmac
-import html
 import json
 import logging
 import os
@@ -22,14 +21,17 @@ from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from prometheus_client import Counter
 
-from django_promports.exposition import Exposition
+from django_promports import pages
+from django_promports.activity import Activity
+from django_promports.exposition import SLICE_SECONDS, Exposition
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
+from django_promports.targets import check_host
 
 logger = logging.getLogger("django_promports")
 
@@ -46,6 +48,11 @@ HEADER_END = re.compile(rb"\r?\n\r?\n")
 NO_REQUEST = re.compile(rb"[^A-Za-z\r\n]")
 # Seconds to wait when the process has no file descriptor left for a connection.
 EXHAUSTED_SECONDS = 0.1
+# For a page, the series are counted anew after so many seconds without a scrape; it does not wait for long.
+COUNT_SECONDS = 15.0
+COUNT_PATIENCE_SECONDS = 1.0
+# How Prometheus asks, so that what is kept of an exposition serves both.
+ACCEPT, ACCEPT_ENCODING = "application/openmetrics-text;version=1.0.0", "gzip"
 # Seconds to wait for the thread at stop(): longer than the longest answer takes to make.
 STOP_SECONDS = 10.0
 
@@ -59,21 +66,6 @@ COLLECTOR_FAILURES = Counter(
     "promports_collector_failures_total", "Times that a collector raised, and its metrics were missing from a scrape."
 )
 SERVED, FAILED, REFUSED = (SCRAPES.labels(outcome) for outcome in ("served", "failed", "refused"))
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Metrics of one worker</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:2rem auto;padding:0 1rem}}
-th{{text-align:left;padding-right:2rem;font-weight:600}}</style>
-<h1>Metrics of one worker</h1>
-<p>django_promports serves the Prometheus metrics of this one process of a Django site here.
-Every other worker has a port of its own.
-<table>
-{rows}</table>
-<p><a href="/metrics">/metrics</a> what Prometheus scrapes<br>
-<a href="/targets">/targets</a> the ports of all workers, as http_sd
-</html>
-"""
 
 
 class Response(NamedTuple):
@@ -133,8 +125,9 @@ class Stage(IntEnum):
 class Endpoint:
     """Serves /metrics, /targets and / on a listening socket, from a thread, until stop().
 
-    exposition: what /metrics shows. about: what / shows, by name. find_targets: a conversation that returns the
-    http_sd document of /targets. tls: serve HTTPS. read_token: returns the bearer token to require, if any.
+    exposition: what /metrics shows. about: what / says of this process, by name. find_targets, look: conversations that
+    return the http_sd document of /targets, and what / shows of all processes. activity: what this process did lately.
+    tls: serve HTTPS. read_token: returns the bearer token to require, if any.
     """
 
     def __init__(
@@ -143,14 +136,19 @@ class Endpoint:
         *,
         about: Callable[[], Mapping[str, object]],
         find_targets: Callable[[Loop], Steps[bytes]],
+        look: Callable[[Loop], Steps[pages.Look]],
         exposition: Exposition,
+        activity: Activity,
         tls: ssl.SSLContext | None = None,
         read_token: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._about = about
         self._find_targets = find_targets
+        self._look = look
         self._exposition = exposition
+        self._activity = activity
+        self._rendered_at = -COUNT_SECONDS
         self._rendering = False
         self._tls = tls
         self._read_token = read_token
@@ -159,6 +157,7 @@ class Endpoint:
         self._failing = False
         self._stopping = False
         self._loop.spawn(self._accept())
+        self._loop.spawn(self._activity.keep(self._loop))
         self._thread: threading.Thread | None = None
         self._former: threading.Thread | None = None
 
@@ -275,7 +274,7 @@ class Endpoint:
                 find = partial(self._find_targets, self._loop)  # asks every port of the range
                 return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
             if request.route == "/":
-                return self._page(request)
+                return (yield from self._page(request))
             return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
         except Exception as error:
             if request.route == "/metrics":
@@ -286,9 +285,14 @@ class Endpoint:
             return _plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
 
     def _scrape(self, request: Request) -> Steps[Response]:
-        """Render the metrics, one render at a time; who asks for the same meanwhile shares it."""
-        accept, encoding = request.header("Accept"), request.header("Accept-Encoding")
         names = tuple(parse_qs(request.query).get("name[]", ()))
+        response = yield from self._render(request.header("Accept"), request.header("Accept-Encoding"), names)
+        self._failing = False
+        SERVED.inc()
+        return response
+
+    def _render(self, accept: str, encoding: str, names: tuple[str, ...] = ()) -> Steps[Response]:
+        """Render the metrics, one render at a time; who asks for the same meanwhile shares it."""
 
         def render() -> Steps[Response]:
             while self._rendering:
@@ -307,20 +311,31 @@ class Endpoint:
             finally:
                 self._rendering = False
                 COLLECTOR_FAILURES.inc(self._exposition.failures - failures)
+            if not names:
+                self._rendered_at = monotonic()
             (_, content_type), *more = headers
             return Response(200, content_type, body, tuple(more))
 
-        response = yield from self._loop.share((accept, encoding, names), render)
-        self._failing = False
-        SERVED.inc()
-        return response
+        return (yield from self._loop.share((accept, encoding, names), render))
 
-    def _page(self, request: Request) -> Response:
-        about = self._about()
+    def _page(self, request: Request) -> Steps[Response]:
+        about = dict(self._about())
         if "application/json" in request.header("Accept"):
+            if request.query == "activity":
+                if monotonic() - self._rendered_at > COUNT_SECONDS:
+                    yield from self._loop.gather([self._render(ACCEPT, ACCEPT_ENCODING)], COUNT_PATIENCE_SECONDS)
+                about.update(series=self._exposition.series, activity=self._activity.samples())
             return Response(200, "application/json", json.dumps(about).encode())
-        rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}\n" for k, v in about.items())
-        return Response(200, "text/html; charset=utf-8", PAGE.format(rows=rows).encode())
+        found = yield from self._loop.share("/", partial(self._look, self._loop))  # asks every port of the range
+        if found.origin is not None:
+            found = found._replace(origin=_find_origin(request.header("Host"), found.origin))
+        pieces, rested = [], perf_counter()
+        for piece in pages.draw(found, about):
+            pieces.append(piece)
+            if perf_counter() - rested > SLICE_SECONDS:
+                yield from self._loop.give_way()
+                rested = perf_counter()
+        return Response(200, "text/html; charset=utf-8", pages.encode(pieces), pages.HEADERS)
 
 
 def _await_end(thread: threading.Thread) -> None:
@@ -336,6 +351,15 @@ def is_authorized(header: str, token: str) -> bool:
     """Return whether an Authorization header carries the bearer token; how long it takes tells nothing of the token."""
     scheme, _, given = header.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def _find_origin(host: str, known: str) -> str:
+    """Return scheme and host by which a browser came here, so that links lead it to the other ports the same way."""
+    try:
+        name = re.sub(r":\d*$", "", host) if not host.endswith("]") else host
+        return pages.make_origin(known.partition(":")[0], check_host(name))
+    except ValueError:
+        return known
 
 
 def _plain(status: int, text: str, *headers: tuple[str, str]) -> Response:

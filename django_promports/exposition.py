@@ -493,7 +493,7 @@ class _Family:
                 body.write(section.header)
             for blocks in section.blocks:
                 for block in blocks:
-                    body.write_block(block)
+                    body.write_block(block, len(block.children) * (section.slots + section.has_created))
                     if turn.is_over():
                         yield from turn.rest()
 
@@ -507,6 +507,7 @@ class _Body:
     def __init__(self, known: dict[bytes, bytes] | None) -> None:
         self._known = known
         self.packed: dict[bytes, bytes] = {}
+        self.samples = 0
         self._buffer = BytesIO()
         self._short: list[bytes | bytearray] = []
         self._short_size = self._size = self._crc = 0
@@ -516,7 +517,11 @@ class _Body:
             self._buffer.write(GZIP_HEADER)
 
     def write(self, piece: bytes | bytearray) -> None:
-        """Add a short piece, to be compressed with its neighbours."""
+        """Add a short piece of whole lines, to be compressed with its neighbours."""
+        self.samples += piece.count(b"\n") - piece.count(b"\n#") - piece.startswith(b"#")
+        self._write(piece)
+
+    def _write(self, piece: bytes | bytearray) -> None:
         if self._known is None:
             self._buffer.write(piece)
             return
@@ -525,9 +530,10 @@ class _Body:
         if self._short_size >= BLOCK_BYTES:
             self._flush(self._known)
 
-    def write_block(self, block: _Block) -> None:
+    def write_block(self, block: _Block, samples: int) -> None:
+        self.samples += samples
         if self._known is None or len(block.plain) < SMALL_BYTES:
-            self.write(block.plain)
+            self._write(block.plain)
         else:
             self._flush(self._known)
             if block.packed is None:
@@ -572,11 +578,12 @@ class Exposition:
     """Renders a registry to bytes, again and again, and keeps what does not change between two scrapes.
 
     created: False leaves the _created series out. failures: how often a collector raised, which costs its own metrics
-    only.
+    only. series: how many samples the last exposition of everything had; None before the first.
     """
 
     def __init__(self, book: Book, *, created: bool = True) -> None:
         self.failures = 0
+        self.series: int | None = None
         self._book = book
         self._with_created = created
         self._forms: dict[tuple[str, bool], _Form] = {}
@@ -616,6 +623,8 @@ class Exposition:
         else:
             if not wanted and self._book.ledger is not None:
                 self._book.ledger.note_scrape()
+        if not wanted:
+            self.series = body.samples
         return headers, body.close()
 
     def _keep(self, key: tuple[str, bool], form: _Form) -> None:

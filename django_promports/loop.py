@@ -71,6 +71,7 @@ class Loop:
         self._conversations: dict[Conversation, None] = {}  # oldest first
         self._resumed: deque[Conversation] = deque()
         self._resting: list[Conversation] = []
+        self._sleeping: dict[Conversation, float] = {}  # and when (time.monotonic) each goes on
         self._flights: dict[Hashable, Flight] = {}
         self._current: Conversation | None = None
         self._selector = selectors.DefaultSelector()
@@ -94,6 +95,7 @@ class Loop:
         """End a conversation where it stands; its generator cleans up in `finally`."""
         self._forget(conversation)
         self._conversations.pop(conversation, None)
+        self._sleeping.pop(conversation, None)
         conversation.close()
 
     def current(self) -> Conversation:
@@ -104,6 +106,11 @@ class Loop:
     def give_way(self) -> Steps[None]:
         """Let everybody else have the interpreter for a moment, the site's threads included."""
         self._resting.append(self.current())
+        yield None
+
+    def sleep(self, seconds: float) -> Steps[None]:
+        """Go on after so many seconds, or as soon as a turn comes after that."""
+        self._sleeping[self.current()] = time.monotonic() + seconds
         yield None
 
     def share(self, key: Hashable, begin: Callable[[], Steps[T]]) -> Steps[T]:
@@ -177,6 +184,7 @@ class Loop:
             elif key.data.waiting_on == key.fd:  # not dropped by an earlier step of this turn
                 self._advance(key.data)
         self._drop_late()
+        self._wake_sleepers()
         self._advance_resumed()
 
     def wake(self) -> None:
@@ -231,8 +239,15 @@ class Loop:
         for conversation in [c for c in self._conversations if c.deadline is not None and c.deadline <= now]:
             self.drop(conversation)
 
+    def _wake_sleepers(self) -> None:
+        now = time.monotonic()
+        for conversation in [c for c, moment in self._sleeping.items() if moment <= now]:
+            del self._sleeping[conversation]
+            self._resumed.append(conversation)
+
     def _seconds_to_deadline(self) -> float | None:
         deadlines = [c.deadline for c in self._conversations if c.deadline is not None]
+        deadlines += self._sleeping.values()
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _drain_wakeups(self) -> None:

@@ -28,6 +28,8 @@ APPLICATION = "django_promports"
 # Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
 ASK_SECONDS = 3.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# What a worker says of itself is a few kB; more is another program's.
+MAX_ABOUT_BYTES = 1024 * 1024
 # Targets of a document that are in memory together: so many that it goes fast.
 TARGETS_AT_ONCE = 1000
 # Of a list of hosts that is wrong in every line a person wants to see some.
@@ -294,8 +296,9 @@ def find_live(
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
     """Ask a port for a path; only an endpoint of this site is `live`. Raises ValueError if the host has no address."""
     began = time.monotonic()
+    is_about = path.partition("?")[0] == "/"
     try:
-        head, body = yield from _fetch(site, host, port, path)
+        head, body = yield from _fetch(site, host, port, path, MAX_ABOUT_BYTES if is_about else MAX_ANSWER_BYTES)
     except socket.gaierror:
         raise ValueError(f"{host!r} has no address") from None
     except ConnectionRefusedError:
@@ -312,7 +315,7 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
         return other("another program has the port")
     if not re.match(r"HTTP/1\.[01] 200 ", lines[0]):
         return other(f"the endpoint answers {lines[0][9:]!r}")
-    if path != "/":
+    if not is_about:
         return Answer("live", body=body, seconds=seconds)
     try:
         about = json.loads(body)
@@ -341,7 +344,7 @@ def client_tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     return context
 
 
-def _fetch(site: Site, host: str, port: int, path: str) -> Steps[tuple[bytes, bytes]]:
+def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tuple[bytes, bytes]]:
     sock = yield from _connect(host, port)
     try:
         if site.tls:
@@ -354,7 +357,7 @@ def _fetch(site: Site, host: str, port: int, path: str) -> Steps[tuple[bytes, by
         received = bytearray()
         while chunk := (yield from receive(sock)):
             received += chunk
-            if len(received) > MAX_ANSWER_BYTES:
+            if len(received) > limit:
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     finally:
         sock.close()

@@ -1,4 +1,4 @@
-"""path("metrics/", include("django_promports.urls")): http_sd at metrics/targets."""
+"""path("metrics/", include("django_promports.urls")): the page for staff at metrics/, http_sd at metrics/targets."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from django.urls import path
 from django_promports import views
 
 app_name = "promports"
-urlpatterns = [path("targets", views.targets, name="targets")]
+urlpatterns = [path("", views.page, name="page"), path("targets", views.targets, name="targets")]

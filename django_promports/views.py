@@ -1,22 +1,26 @@
-"""The live targets through the site itself, as http_sd.
+"""The workers through the site itself: the live targets as http_sd, and the page for people.
 
-The site may be open to everybody where the endpoints are not, and each answer asks every port: so only who has the
-token is answered, and nobody where there is none.
+The site may be open to everybody where the endpoints are not, and each answer asks every port. So the targets are told
+to who has the token, and to nobody where there is none; and the page is shown to staff.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
-from django.contrib.auth.decorators import login_not_required
+from django.contrib.auth.decorators import login_not_required, user_passes_test
+from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse
+from django.urls import NoReverseMatch, reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
+from django_promports import pages
 from django_promports.conf import conf
 from django_promports.endpoint import is_authorized
 from django_promports.loop import Loop
-from django_promports.worker import find_targets
+from django_promports.worker import find_targets, look
 
 
 @login_not_required
@@ -33,3 +37,31 @@ def targets(request: HttpRequest) -> HttpResponse:
         return HttpResponse(text, "text/plain", 401, headers={"WWW-Authenticate": "Bearer"})
     with contextlib.closing(Loop()) as loop:
         return HttpResponse(loop.complete(find_targets(loop)), "application/json")
+
+
+@never_cache
+@require_safe
+def page(request: HttpRequest) -> HttpResponse:
+    """Draw what the workers of this machine do now, for staff."""
+    if not hasattr(request, "user"):
+        text = (
+            "This page is for staff, and nothing here says who that is: django.contrib.auth and its "
+            "AuthenticationMiddleware are not installed. Each worker has such a page on its own port.\n"
+        )
+        return HttpResponse(text, "text/plain", 403)
+    try:
+        login: str | None = reverse("admin:login")
+    except NoReverseMatch:
+        login = None  # LOGIN_URL
+    return user_passes_test(_is_staff, login)(_draw)(request)
+
+
+def _is_staff(user: Any) -> bool:
+    if user.is_authenticated and not (user.is_active and getattr(user, "is_staff", False)):
+        raise PermissionDenied("This page is for staff.")  # to log in once more would lead here again
+    return bool(user.is_authenticated)
+
+
+def _draw(request: HttpRequest) -> HttpResponse:
+    with contextlib.closing(Loop()) as loop:
+        return HttpResponse(pages.render(loop.complete(look(loop))), headers=dict(pages.HEADERS))

@@ -28,7 +28,8 @@ from django.core import checks as django_checks
 from django.core.signals import request_started
 from prometheus_client import Gauge
 
-from django_promports import ports, targets
+from django_promports import pages, ports, targets
+from django_promports.activity import Activity
 from django_promports.checks import LEDGER_FOLDER, check_settings
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
@@ -234,6 +235,8 @@ def _serve(process: _Process, *, waited: float) -> None:
             exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
             about=_describe(claim.port),
             find_targets=find_targets,
+            look=look,
+            activity=Activity(_book.registry, conf.metric_namespace),
             tls=conf.server_tls(),
             read_token=conf.read_token,
         )
@@ -357,6 +360,12 @@ def find_targets(loop: Loop) -> Steps[bytes]:
     exported = {conf.PROMPORTS_TARGET_HOST: live[address]}
     groups = targets.target_groups(exported, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
     return b"".join(targets.dump_json(groups))
+
+
+def look(loop: Loop) -> Steps[pages.Look]:
+    """Ask every port of this machine what it does, for the page."""
+    origin = pages.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
+    return (yield from pages.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))
 
 
 def _arm() -> None:

@@ -16,10 +16,12 @@ from django.core.management import call_command
 from prometheus_client import CollectorRegistry
 
 from django_promports import ports
+from django_promports.activity import Activity
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
+from django_promports.pages import Look
 from django_promports.values import Book
 from tests.servers import ROOT
 
@@ -64,7 +66,9 @@ def endpoint(
         claim.listener,
         about=lambda: described,
         find_targets=_find_none,
+        look=look_nowhere,
         exposition=Exposition(Book(registry or CollectorRegistry())),
+        activity=Activity(registry or CollectorRegistry()),
         tls=tls,
         read_token=lambda: token,
     )
@@ -78,6 +82,11 @@ def endpoint(
 def _find_none(loop: Loop) -> Steps[bytes]:
     yield from ()
     return b"[]"
+
+
+def look_nowhere(loop: Loop) -> Steps[Look]:
+    yield from ()
+    return Look(conf.project, (), [], 0, "http://127.0.0.1")
 
 
 @contextlib.contextmanager

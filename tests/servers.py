@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -220,6 +221,20 @@ def describe(port: int, token: str = "") -> dict[str, Any]:
     except (OSError, HTTPException):
         return {}
     return about
+
+
+def log_in(url: str, name: str, password: str) -> bytes:
+    """Return the body of a page that asks for a login first; of its refusal, if that is the answer."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with opener.open(url, timeout=20) as form:
+        (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', form.read().decode())
+        fields = {"username": name, "password": password, "csrfmiddlewaretoken": token}
+    try:
+        with opener.open(form.url, urllib.parse.urlencode(fields).encode(), timeout=20) as answer:
+            return bytes(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read()
 
 
 def parse(text: str) -> dict[str, float]:

@@ -87,7 +87,8 @@ def test_each_local_link_leads_somewhere() -> None:
 
 
 def test_the_core_knows_no_django() -> None:
-    for name in ("ports.py", "loop.py", "endpoint.py", "ledger.py", "stopping.py", "targets.py", "values.py"):
+    core = ("activity", "endpoint", "exposition", "ledger", "loop", "pages", "ports", "stopping", "targets", "values")
+    for name in (f"{module}.py" for module in core):
         imported = [
             module
             for node in ast.walk(ast.parse(CODE[name]))

@@ -23,12 +23,16 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
+from django_promports.activity import Activity
 from django_promports.endpoint import COLLECTOR_FAILURES, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
 from django_promports.ports import claim
+from django_promports.targets import count_samples
 from django_promports.values import Book
+from tests.commands import look_nowhere
 from tests.servers import ROOT, wait_until
+from tests.test_activity import count_requests
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
 
@@ -76,8 +80,10 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
 
         def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
             claimed = claim("127.0.0.1", free_ports)
-            options = {"about": lambda: {"port": claimed.port, "pid": "<1>"}, "find_targets": find_targets} | options
-            endpoint = Endpoint(claimed.listener, exposition=Exposition(Book(registry)), **options)
+            about = {"port": claimed.port, "pid": "<1>"}
+            options = {"about": lambda: about, "find_targets": find_targets, "look": look_nowhere} | options
+            exposition, activity = Exposition(Book(registry)), Activity(registry)
+            endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -145,6 +151,36 @@ def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable
     assert b"&lt;1&gt;" in page
     assert data_headers["Content-Type"] == "application/json"
     assert json.loads(data) == {"port": served.port, "pid": "<1>"}
+
+
+def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
+    serve: Callable[..., Served], registry: CollectorRegistry
+) -> None:
+    requests, latency = count_requests(registry)
+    served = serve()
+    requests.inc(5)
+    latency.observe(0.5)
+    scrapes = SERVED._value.get()
+
+    told = json.loads(served.ask("/?activity", Accept="application/json")[2])
+
+    assert told["activity"][-1][1:] == [5, 1, 0.5]
+    assert told["series"] == count_samples(served.ask()[2])
+    assert SERVED._value.get() == scrapes + 1  # to count the series was none
+
+
+def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
+    serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "COUNT_PATIENCE_SECONDS", 0.1)
+    served = serve()
+    served.endpoint._rendering = True
+
+    told = json.loads(served.ask("/?activity", Accept="application/json")[2])
+
+    assert told["series"] is None
+    served.endpoint._rendering = False
+    wait_until(lambda: served.endpoint._exposition.series, "the series are counted after all")
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
@@ -475,6 +511,8 @@ def test_stop_frees_the_port_and_ends_the_thread(serve: Callable[..., Served], f
 def test_the_endpoint_survives_a_process_without_file_descriptors() -> None:
     script = """
 import os, resource, socket, urllib.request
+from prometheus_client import REGISTRY
+from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.values import Book
@@ -482,7 +520,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
-Endpoint(listener, about=dict, find_targets=None, exposition=Exposition(Book())).start()
+exposition, activity = Exposition(Book()), Activity(REGISTRY)
+Endpoint(listener, about=dict, find_targets=None, look=None, exposition=exposition, activity=activity).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted

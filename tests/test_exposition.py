@@ -23,6 +23,7 @@ from prometheus_client import (
     Counter,
     Enum,
     Gauge,
+    GCCollector,
     Histogram,
     Info,
     Summary,
@@ -43,6 +44,7 @@ from prometheus_client.samples import Sample
 from django_promports import exposition
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger
+from django_promports.targets import count_samples
 from django_promports.values import Book, CellValue
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
@@ -786,3 +788,26 @@ def test_unregistered_metric_leaves_the_cache(registry: CollectorRegistry) -> No
     registry.unregister(counter)
     assert ask(ours)[1] == b"# EOF\n"
     assert kept_bytes(ours) == len(b"# EOF\n") + len(next(iter(next(iter(ours._forms.values())).packed.values())))
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text;version=1.0.0"])
+@pytest.mark.parametrize("created", [True, False])
+def test_the_series_of_the_last_exposition_are_known(accept: str, encoding: str, created: bool) -> None:
+    registry = CollectorRegistry()
+    counter = Counter("apples", 'Help with "\n# quotes.', ["kind"], registry=registry)
+    Histogram("seconds", "Help.", registry=registry).observe(1)
+    Gauge("level", "Help.", registry=registry)
+    Info("version", "Help.", registry=registry).info({"major": "1"})
+    GCCollector(registry)
+    ours = Exposition(Book(registry), created=created)
+    assert ours.series is None
+
+    for kind in range(300):
+        counter.labels(f"{kind}\n# {kind}").inc()
+        if kind % 100 == 0:
+            _, body = complete(ours.render(accept, encoding, ()))[0]
+            text = gzip.decompress(body) if encoding else body
+            assert ours.series == count_samples(text)
+            complete(ours.render(accept, encoding, ("level",)))
+            assert ours.series == count_samples(text)

@@ -176,7 +176,8 @@ def test_every_metric_that_is_named_here_occurs_in_a_real_scrape(free_ports: ran
 
 
 def visit_all_views(site: Site, times: int = 10) -> None:
-    assert {pattern.name for pattern in urlpatterns if isinstance(pattern, URLPattern)} == set(REQUESTS)
+    names = {pattern.name for pattern in urlpatterns if isinstance(pattern, URLPattern)}
+    assert names - {"login"} == set(REQUESTS)
     for number in range(times):
         for method, path, expected, _ in REQUESTS.values():
             assert site.request(path.format(number % 6 + 1), method) == expected, site.child.output()

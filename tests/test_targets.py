@@ -515,7 +515,7 @@ def _http(status: str, server: str, about: object) -> bytes:
 def test_only_an_endpoint_of_this_site_is_live(
     answer: bytes, state: str, free_ports: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "MAX_ANSWER_BYTES", 150_000)
+    monkeypatch.setattr(targets, "MAX_ABOUT_BYTES", 150_000)
 
     with answering(free_ports[0], answer):
         assert _ask(free_ports[0]).state == state

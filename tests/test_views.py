@@ -81,7 +81,7 @@ def test_the_targets_are_only_read(client: Client, token_file: Path) -> None:
 
 
 def test_prometheus_need_not_log_in_where_everybody_else_must() -> None:
-    # What LoginRequiredMiddleware asks a view; the middleware itself wants apps that the demo does not have.
+    # What LoginRequiredMiddleware asks a view.
     assert resolve(PATH).func.login_required is False  # type: ignore[attr-defined]
 
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ REQUESTS = {
     "order": ("POST", "/teas/{}/order/", 201, 10),
     "broken": ("GET", "/broken/", 500, 4),
 }
+STAFF = "demo"
 CLIENTS = 8
 PAUSE_SECONDS = 0.1
 # For a start, or for several scrapes, on a machine that does much else.
@@ -113,8 +115,12 @@ class Command(BaseCommand):
             "DEMO_LEDGER_DIR": str(self.folder / "ledgers"),
             "TMPDIR": str(self.folder),
             "XDG_RUNTIME_DIR": str(self.folder),
+            "DJANGO_SUPERUSER_USERNAME": STAFF,
+            "DJANGO_SUPERUSER_EMAIL": f"{STAFF}@localhost",
+            "DJANGO_SUPERUSER_PASSWORD": secrets.token_urlsafe(8),
         }
         self.manage("migrate")
+        self.manage("createsuperuser", "--noinput")
         programs = [self.start_gunicorn(workers)]
         # Prometheus looks for the target files beside its configuration.
         home = shutil.copytree(ROOT / "prometheus", self.folder / "home", ignore=lambda *_: ["targets", "data"])
@@ -126,6 +132,8 @@ class Command(BaseCommand):
         else:
             self.say("There is no `prometheus` on PATH, so the rest goes without: https://prometheus.io/download/")
 
+        self.say("What the workers do is drawn while they do it:")
+        self.show_pages()
         sent = self.send_requests(duration, programs[0])
         counted = self.count_in_workers()
         sums = {"sum of the workers": sum(counted.values(), Counter[str]())}
@@ -137,6 +145,10 @@ class Command(BaseCommand):
         agree = all(counts == sent for counts in sums.values())
         if agree:
             self.say(self.style.SUCCESS(f"They agree: each of the {sent.total()} requests was counted once."))
+        self.say(
+            "\n" + (f"Running until Ctrl-C, or until SIGTERM to {os.getpid()}:" if keep else "--keep lets it run:")
+        )
+        self.show_addresses(with_prometheus=bool(found))
         if keep:
             self.keep_running(programs)
         if not agree:
@@ -223,14 +235,22 @@ class Command(BaseCommand):
         series = json.loads(body)["data"]["result"] if status == 200 else []
         return Counter({one["metric"].get("view", ""): int(float(one["value"][1])) for one in series})
 
-    def keep_running(self, programs: Sequence[Program]) -> None:
-        self.say(f"\nRunning until Ctrl-C, or until SIGTERM to {os.getpid()}:")
+    def show_addresses(self, *, with_prometheus: bool) -> None:
         self.say(f"  site        http://{HOST}:{self.site_port}/")
         for port in self.ask_workers("/"):
             self.say(f"  worker      http://{HOST}:{port}/metrics")
-        if len(programs) > 1:
+        self.show_pages()
+        if with_prometheus:
             graph = urlencode({"g0.expr": f"sum by (view) (rate({METRIC}[1m]))", "g0.tab": 0, "g0.range_input": "15m"})
             self.say(f"  Prometheus  http://{HOST}:{self.prometheus_port}/graph?{graph}")
+        self.say(f"  dashboards  {ROOT / 'prometheus/dashboards'}, for Grafana")
+
+    def show_pages(self) -> None:
+        password = self.env["DJANGO_SUPERUSER_PASSWORD"]
+        self.say(f"  page        http://{HOST}:{self.site_port}/metrics/  (log in as {STAFF} with {password})")
+        self.say(f"  worker page http://{HOST}:{self.ports[0]}/  (the page of the first worker)")
+
+    def keep_running(self, programs: Sequence[Program]) -> None:
         while not self.interrupted:
             for program in programs:
                 if program.poll() is not None:

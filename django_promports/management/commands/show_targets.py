@@ -19,6 +19,7 @@ from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
+from django_promports.pages import format_duration
 from django_promports.ports import count_waiting, format_ports, format_waiting
 from django_promports.stopping import parse_seconds, stop_signals
 
@@ -159,7 +160,7 @@ def _cells(rows: Rows) -> list[list[str]]:
             row["state"],
             row["pid"],
             row["command"],
-            None if uptime is None else _duration(uptime),
+            None if uptime is None else format_duration(uptime),
             row["series"],
             None if scrape is None else f"{scrape * 1000:.1f} ms",
         ]
@@ -176,13 +177,3 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in cells
     ]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    for amount, unit, smaller, smaller_unit in ((days, "d", hours, "h"), (hours, "h", minutes, "m")):
-        if amount:
-            return f"{amount} {unit} {smaller} {smaller_unit}"
-    return f"{minutes} m {rest} s" if minutes else f"{rest} s"
