@@ -40,8 +40,8 @@ class Unbuffered(logging.Handler):
         os.write(null, self.format(record).encode())
 
 null = os.open(os.devnull, os.O_WRONLY)
-logging.getLogger().addHandler(Unbuffered())
-logger = logging.getLogger("django_promports")
+logger = logging.getLogger("beat")
+logger.addHandler(Unbuffered())
 over = threading.Event()
 
 def keep(act):
@@ -74,7 +74,8 @@ try:
             if sys.argv[1] == "master":
                 django_promports.start()  # at once: a child of root's waits for what becomes of its user
             os._exit(0 if (django_promports.port() is None) == (sys.argv[1] == "worker") else 1)
-        assert os.waitpid(pid, 0)[1] == 0, number
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, (number, status)
 finally:
     over.set()
     for thread in threads:
