@@ -114,10 +114,7 @@ def start() -> int | None:
     nothing if the process has a port, and never raises: where no port is free the answer is None, and the
     process takes the first that comes free.
     """
-    if _process.pid != os.getpid():  # a parent without a port forked it, like that of a Celery pool
-        _begin_after_unseen_fork()
-    _process.is_worker = True
-    _claim()
+    _become_worker()
     return port()
 
 
@@ -170,12 +167,18 @@ def _on_request(**kwargs: Any) -> None:
     if hasattr(mail, "outbox"):
         return
     request_started.disconnect(dispatch_uid="django_promports")
-    if _process.pid != os.getpid():  # uWSGI forked it, and somebody has replaced our hook
+    _become_worker()
+
+
+def _become_worker() -> None:
+    """Claim for a process that is no master, and no longer one that may be."""
+    # Forked by a parent without a port, like that of a Celery pool, or by uWSGI with somebody's hook in place of ours.
+    if _process.pid != os.getpid():
         _begin_after_unseen_fork()
-    process = _process
-    process.is_worker = True
-    if process.unsaid:
-        logger.error(process.unsaid)
+    _process.is_worker = True
+    said, _process.unsaid = _process.unsaid, ""
+    if said:
+        logger.error(said)
     _claim()
 
 

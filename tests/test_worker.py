@@ -196,6 +196,27 @@ for _ in range(3):
     assert done.stdout.splitlines() == ["0.0 1.0", "0.0 2.0", "0.0 3.0"], done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
+def test_a_process_of_roots_that_counts_in_memory_says_so_once_it_is_a_worker(
+    free_ports: range, tmp_path: Path
+) -> None:
+    folder = tmp_path / "others"
+    folder.mkdir(0o700)
+    os.chown(folder, 65534, 65534)
+    script = """
+import sys, django, django.core.wsgi, django_promports
+django.setup()
+print("READY", file=sys.stderr)
+django_promports.start()
+django_promports.start()
+"""
+    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", DEMO_LEDGER_DIR=str(folder))
+
+    before, _, after = done.stderr.partition("READY")
+    assert "Counting in memory" not in before
+    assert after.count("Counting in memory") == 1, done.stderr
+
+
 def test_start_is_idempotent_and_stop_frees_the_port(free_ports: range, this_process: None, settings: Any) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports
 
