@@ -119,10 +119,7 @@ class Site:
         return request(f"http://{self.address}{path}", method)
 
     def is_listening(self) -> bool:
-        host, _, port = self.address.rpartition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5):
-            return True
-        return False
+        return accepts(int(self.address.rpartition(":")[2]))
 
     def live(self) -> dict[int, int]:
         """Return the pid behind each port that answers."""
@@ -334,6 +331,13 @@ def prometheus(
         server = Prometheus(child, port)
         child.wait_until(server.is_ready, "Prometheus is ready")
         yield server
+
+
+def accepts(port: int) -> bool:
+    """Return whether somebody takes connections at a port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
 
 
 def listening_ports(pid: int) -> set[int]:

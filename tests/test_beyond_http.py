@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.matrix import YES, Row, versions
-from tests.servers import ROOT, SECONDS, Child, describe, listening_ports, manage, running, scrape, wait_until
+from tests.servers import ROOT, SECONDS, Child, accepts, describe, listening_ports, manage, running, scrape, wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -291,12 +291,6 @@ def session(pid: int) -> int:
     with contextlib.suppress(ProcessLookupError):
         return os.getsid(pid)
     return 0
-
-
-def accepts(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
-        return True
-    return False
 
 
 def celery(*options: str) -> list[str]:

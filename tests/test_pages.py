@@ -442,6 +442,15 @@ def click(browser: Chrome, css: str) -> None:
     wait_until(attempt, f"{css} can be clicked", output=lambda: browser.page_source[-5000:])
 
 
+def assert_fits(browser: Chrome, *, dark: bool) -> None:
+    """The page is no wider than the window, of a desktop and of a phone."""
+    for size in (DESKTOP, PHONE):
+        resize(browser, size, dark=dark)
+        content, room, window = measure_widths(browser)
+        assert content <= room
+        assert window == size[0]
+
+
 @pytest.mark.browser
 def test_a_person_clicks_from_the_site_to_the_workers(
     site: Site, program: Callable[[str], str], tmp_path: Path
@@ -451,20 +460,12 @@ def test_a_person_clicks_from_the_site_to_the_workers(
         browser.get(f"http://{site.address}{PAGE}")
         fill_in_login(browser, "staff", PASSWORD)
         see(browser, "h1", "Workers")
-        for size in (DESKTOP, PHONE):
-            resize(browser, size)
-            content, room, window = measure_widths(browser)
-            assert content <= room
-            assert window == size[0]
+        assert_fits(browser, dark=False)
 
         click(browser, f'a[href$=":{first}/"]')
         see(browser, "h1", f"Worker on port {first}")
         see(browser, "tr[aria-current]", str(first))
-        for size in (DESKTOP, PHONE):
-            resize(browser, size, dark=True)
-            content, room, window = measure_widths(browser)
-            assert content <= room
-            assert window == size[0]
+        assert_fits(browser, dark=True)
         click(browser, f'a[href$=":{second}/"]')
         see(browser, "h1", f"Worker on port {second}")
         click(browser, f'a[href$=":{first}/metrics"]')

@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from http.client import HTTPException
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -61,13 +61,18 @@ def settle(site: Site) -> None:
     )
 
 
-def hang_up(site: Site) -> None:
+def hang_up(site: Site, number: int = signal.SIGHUP) -> None:
     """Let the server replace its workers, and wait until it has."""
     settle(site)
     before = set(site.live().values())
-    os.kill(site.child.pid, signal.SIGHUP)
+    os.kill(site.child.pid, number)
+    wait_until_replaced(site, before, len(before))
+
+
+def wait_until_replaced(site: Site, gone: Set[int], workers: int) -> None:
+    """Wait until all workers have ports again, and none of them is one of those processes."""
     site.child.wait_until(
-        lambda: len(live := set(site.live().values())) == len(before) and not live & before, "all workers are new"
+        lambda: len(live := set(site.live().values())) == workers and not live & gone, f"others are there for {gone}"
     )
 
 
@@ -207,19 +212,15 @@ SERVERS = [
         replaces=False,
         notes=RELOADER,
     ),
-    Server(
-        "granian",
-        ("granian",),
-        "wsgi",
-        ["granian", "--interface", "wsgi", "--port", "{port}", "--workers", "4", "--respawn-failed-workers", WSGI],
-        recycle=("HUP", hang_up),
-    ),
-    Server(
-        "granian",
-        ("granian",),
-        "asgi",
-        ["granian", "--interface", "asgi", "--port", "{port}", "--workers", "4", "--respawn-failed-workers", ASGI],
-        recycle=("HUP", hang_up),
+    *(
+        Server(
+            "granian",
+            ("granian",),
+            kind,
+            ["granian", "--interface", kind, "--port", "{port}", "--workers", "4", "--respawn-failed-workers", site],
+            recycle=("HUP", hang_up),
+        )
+        for kind, site in (("wsgi", WSGI), ("asgi", ASGI))
     ),
     Server("daphne", ("daphne",), "one process", ["daphne", "-p", "{port}", ASGI], workers=1, replaces=False),
     Server(
@@ -274,10 +275,7 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
         victim = live[free_ports[0]]
         os.kill(victim, signal.SIGKILL)
         if server.replaces:
-            site.child.wait_until(
-                lambda: len(now := site.live()) == server.workers and victim not in now.values(),
-                "another worker is in the place of the one killed",
-            )
+            wait_until_replaced(site, {victim}, server.workers)
             send(20)
             wait_until_exact(site, answered)
             row["kill"] = YES
@@ -336,9 +334,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         new = int(site.child.wait_until(lambda: second.exists() and second.read_text(), "there is a new master"))
         site.child.wait_until(lambda: len(children(new)) == 4, "the new master has its workers")
         os.kill(site.child.pid, signal.SIGTERM)
-        site.child.wait_until(
-            lambda: len(live := set(site.live().values())) == 4 and not live & old, "the new workers have ports"
-        )
+        wait_until_replaced(site, old, 4)
         answered += send_requests(100, lambda _: site.request(), threads=4).count(200)
 
         assert sorted(site.live()) == list(free_ports[:4])
@@ -378,15 +374,8 @@ def test_mod_wsgi(free_ports: range, row: Row, program: Callable[[str], str]) ->
             victim = site.wait_for_workers(3)[metric_ports[0]]
             answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
             os.kill(victim, signal.SIGKILL)
-            site.child.wait_until(
-                lambda: len(now := site.live()) == 3 and victim not in now.values(), "another daemon is there"
-            )
-            settle(site)
-            before = set(site.live().values())
-            os.kill(site.child.pid, signal.SIGUSR1)  # apachectl graceful
-            site.child.wait_until(
-                lambda: len(live := set(site.live().values())) == 3 and not live & before, "all daemons are new"
-            )
+            wait_until_replaced(site, {victim}, 3)
+            hang_up(site, signal.SIGUSR1)  # apachectl graceful
             site.child.wait_until(site.is_listening, "the site is there")
             answered += send_requests(20, lambda _: site.request(), threads=4).count(200)
 
