@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from django_promports.worker import SETTLED_SECONDS
+
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # Generous: a deadline is reached by what is broken, not by what is slow.
@@ -121,14 +123,28 @@ class Site:
     def is_listening(self) -> bool:
         return accepts(int(self.address.rpartition(":")[2]))
 
+    def abouts(self) -> dict[int, dict[str, Any]]:
+        """Return what the endpoint at each port that answers says of itself."""
+        return {port: about for port in self.ports if (about := describe(port, self.token))}
+
     def live(self) -> dict[int, int]:
         """Return the pid behind each port that answers."""
-        return {port: about["pid"] for port in self.ports if (about := describe(port, self.token))}
+        return {port: about["pid"] for port, about in self.abouts().items()}
 
     def wait_for_workers(self, count: int = 4) -> dict[int, int]:
         return self.child.wait_until(
             lambda: live if len(live := self.live()) == count else {}, f"{count} workers answer"
         )
+
+    def wait_until_settled(self, count: int) -> dict[int, int]:
+        """Wait until what follows is no part of the start: granian takes a killed worker for one that cannot start."""
+
+        def settled() -> dict[int, int]:
+            abouts = self.abouts()
+            young = any(about["uptime_seconds"] <= SETTLED_SECONDS for about in abouts.values())
+            return {} if young or len(abouts) != count else {port: about["pid"] for port, about in abouts.items()}
+
+        return self.child.wait_until(settled, f"{count} workers have settled")
 
     def total(self, sample: str = "django_http_requests_before_middlewares_total") -> float:
         return sum(scrape(port)[sample] for port in self.live())

@@ -12,6 +12,8 @@ import pytest
 
 from tests.servers import describe, log_in, running
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("with_prometheus", [True, False], ids=["prometheus", "alone"])
 def test_the_demo_counts_what_it_sent(with_prometheus: bool, program: Callable[[str], str], tmp_path: Path) -> None:

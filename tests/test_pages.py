@@ -341,6 +341,7 @@ def is_near(shown: float, answered: list[float], now: float) -> bool:
     return min(true) * 0.8 <= shown <= max(true) * 1.2
 
 
+@pytest.mark.long
 def test_both_pages_show_the_requests_per_second_that_there_are(free_ports: range, tmp_path: Path) -> None:
     with gunicorn(tmp_path, free_ports, workers=2) as site:
         make_users(tmp_path)

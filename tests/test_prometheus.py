@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from django_promports.targets import dump_json, target_groups, write_file
 from tests.servers import ROOT, export_targets, get, gunicorn, manage, prometheus, running, send_requests
 
@@ -52,6 +54,7 @@ def test_prometheus_shows_every_live_worker_and_counts_every_request(
         }
 
 
+@pytest.mark.long
 def test_prometheus_never_sees_a_file_half_written(
     program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ def visitors(ask: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.long
 def test_every_dashboard_expression_and_every_rule_returns_data(
     program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:

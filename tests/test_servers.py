@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import pytest
 
-from django_promports.worker import SETTLED_SECONDS
 from tests.matrix import YES, Row, versions
 from tests.servers import ROOT, Site, children, database, describe, scrape, send_requests, serving
 
@@ -54,19 +53,24 @@ RELOADER = "the supervisor loads the site, and frees its port for the first work
 HYPERCORN = "it starts no other worker for a killed one: have the service restarted"
 
 
-def settle(site: Site) -> None:
-    """Wait until what follows is no part of the start: granian takes a killed worker for one that cannot start."""
-    site.child.wait_until(
-        lambda: all(describe(port)["uptime_seconds"] > SETTLED_SECONDS for port in site.live()), "the workers settle"
-    )
-
-
 def hang_up(site: Site, number: int = signal.SIGHUP) -> None:
     """Let the server replace its workers, and wait until it has."""
-    settle(site)
-    before = set(site.live().values())
+    before = set(site.wait_until_settled(len(site.live())).values())
     os.kill(site.child.pid, number)
     wait_until_replaced(site, before, len(before))
+
+
+def kill(site: Site, port: int, workers: int) -> int:
+    """Kill the worker that has the port and return its pid: one that was there, not one that was about to end."""
+
+    def killed() -> int:
+        pid = site.wait_until_settled(workers)[port]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return pid
+        return 0
+
+    return site.child.wait_until(killed, f"the worker at port {port} is killed")
 
 
 def wait_until_replaced(site: Site, gone: Set[int], workers: int) -> None:
@@ -271,9 +275,7 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
         assert sorted(live) == list(free_ports[: server.workers])
         row.update(Row(ports=str(server.workers), exact=YES))
 
-        settle(site)
-        victim = live[free_ports[0]]
-        os.kill(victim, signal.SIGKILL)
+        victim = kill(site, free_ports[0], server.workers)
         if server.replaces:
             wait_until_replaced(site, {victim}, server.workers)
             send(20)
@@ -327,8 +329,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
     with serving(tmp_path, free_ports, *words) as site:
         site.wait_for_workers()
         answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
-        settle(site)
-        old = set(site.live().values())
+        old = set(site.wait_until_settled(4).values())
         os.kill(site.child.pid, signal.SIGUSR2)
         second = Path(f"{pidfile}.2")
         new = int(site.child.wait_until(lambda: second.exists() and second.read_text(), "there is a new master"))

@@ -14,9 +14,8 @@ from django.test import Client
 from django.urls import resolve
 from pytest_django import Settings
 
-from django_promports.worker import SETTLED_SECONDS
 from tests.commands import endpoint
-from tests.servers import Prometheus, Site, describe, get, gunicorn, prometheus, send_requests
+from tests.servers import Prometheus, Site, get, gunicorn, prometheus, send_requests
 
 PATH = "/metrics/targets"
 
@@ -129,9 +128,7 @@ def test_prometheus_follows_the_workers_through_a_reload_and_when_their_number_c
         with prometheus(program("prometheus"), tmp_path, prometheus_port, config) as server:
             began = wait_until_scraped(server, site)
 
-            site.child.wait_until(
-                lambda: all(describe(p, site.token)["uptime_seconds"] > SETTLED_SECONDS for p in old), "they settle"
-            )
+            site.wait_until_settled(2)
             os.kill(site.child.pid, signal.SIGHUP)
             site.child.wait_until(
                 lambda: len(live := site.live()) == 2 and not set(live.values()) & set(old.values()), "they are new"
