@@ -288,6 +288,11 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
             def by_hand() -> tuple[float, ...]:
                 """Return what was recorded last, what the expression gives for that time, and the sum by hand."""
                 at, recorded = server.ask("query", query=f"{name}[30s]")["result"][0]["values"][-1]
+
+                def ask_for_value() -> str:
+                    return str(server.ask("query", query=shorten(expression), time=at)["result"][0]["value"][1])
+
+                value = ask_for_value()
                 workers = server.ask("query", query=f"{COUNTER}[{window}s]", time=at)["result"]
                 assert len(workers) == len(after)
                 seen[:] = [at, before, after]
@@ -303,7 +308,9 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
                     if (float(count), float(last_count)) != (before[instance], after[instance]):
                         return ()
                     total += (after[instance] - before[instance]) / (last - first)
-                value = server.ask("query", query=shorten(expression), time=at)["result"][0]["value"][1]
+                # A scrape is stored when it ends, under the time when it began.
+                if value != ask_for_value():
+                    return ()
                 return float(recorded), float(value), total
 
             recorded, value, total = wait_until(by_hand, "the window holds all of it", 2 * window, lambda: f"{seen}")
