@@ -26,7 +26,7 @@ from prometheus_client.utils import floatToGoString
 from prometheus_client.values import MutexValue
 
 from django_promports.ledger import STATE, Family, Ledger
-from django_promports.values import Book, CellValue, _list_samples
+from django_promports.values import Book, CellValue, list_samples
 
 logger = logging.getLogger("django_promports")
 
@@ -645,7 +645,7 @@ class Exposition:
         done: set[Any] = set()
         while True:
             # In this order: a metric that is made in between has its series in one of the two.
-            unmade = {name: self._list_unmade(name) for name in list(self._book._unmade) if name not in shown}
+            unmade = {name: self._book.list_unmade(name) for name in self._book.unmade_names() if name not in shown}
             collectors = [collector for collector in self._list_collectors(names) if collector not in done]
             if not collectors:
                 break
@@ -695,7 +695,7 @@ class Exposition:
         try:
             pieces: list[bytes] = []
             known = self._book.registry._collector_to_names.get(collector, ())
-            left = {name: self._list_unmade(name) for name in known if name not in shown}
+            left = {name: self._book.list_unmade(name) for name in known if name not in shown}
             for metric in list(collector.collect()):
                 if not names or (metric := metric._restricted_metric(names)):
                     shown.add(metric.name)
@@ -725,7 +725,7 @@ class Exposition:
                 yield from self._expose_family(scrape, family, metric, [], series)
                 return
         exposed = Metric(name, kept.help, kept.type, kept.unit)
-        exposed.samples = _list_samples(ledger, kept, dict(series), scrape.names or None)
+        exposed.samples = list_samples(ledger, kept, dict(series), scrape.names or None)
         pieces: list[bytes] = []
         if exposed.samples:
             yield from self._encode(scrape, exposed, [], pieces)
@@ -766,20 +766,14 @@ class Exposition:
     def _list_children(self, metric: Any) -> tuple[list[Any], list[Any]]:
         """Return the children of a metric, and its series that only the ledger has; each is one or the other."""
         if not metric._labelnames:
-            return [metric], self._list_unmade(metric._name)
+            return [metric], self._book.list_unmade(metric._name)
         with metric._lock:
-            return list(metric._metrics.values()), self._list_unmade(metric._name)
+            return list(metric._metrics.values()), self._book.list_unmade(metric._name)
 
     def _find_cells(self, name: str) -> _Cells | None:
         ledger = self._book.ledger
         family = ledger.families.get(name) if ledger is not None else None
         return _Cells(ledger, family) if ledger is not None and family is not None else None
-
-    def _list_unmade(self, name: str) -> list[Any]:
-        if self._book.ledger is None:
-            return []
-        with self._book._lock:
-            return list(self._book._unmade.get(name, {}).items())
 
     def _encode(self, scrape: _Scrape, metric: Metric, unmade: list[Any], pieces: list[bytes]) -> Steps:
         """Let prometheus_client encode a metric and its unmade series, bit by bit where the format allows it."""
@@ -789,7 +783,7 @@ class Exposition:
             family = ledger.families[metric.name]
             made = {tuple(sample.labels.get(name, "") for name in family.labelnames) for sample in metric.samples}
             series = {labelvalues: first for labelvalues, first in unmade if labelvalues not in made}
-            part.samples = metric.samples + _list_samples(ledger, family, series, scrape.names or None)
+            part.samples = metric.samples + list_samples(ledger, family, series, scrape.names or None)
         part = form.drop_created(part)
         samples = part.samples
         yield from scrape.turn.rest()

@@ -222,6 +222,16 @@ class Book:
         """Return a registry that collects the samples of these names only."""
         return Restricted(self, frozenset(names))
 
+    def unmade_names(self) -> list[str]:
+        """Return the metrics of which the ledger has series that this process has not made."""
+        with self._lock:
+            return list(self._unmade)
+
+    def list_unmade(self, name: str) -> list[tuple[Labels, int]]:
+        """Return those series of a metric: label values and first cell."""
+        with self._lock:
+            return list(self._unmade.get(name, {}).items())
+
     def adopt_child(self, metric: Any, labelvalues: Labels, child: Any) -> None:
         """Count a child, or a metric without labels, in the ledger, from what the ledger says already."""
         try:
@@ -395,12 +405,12 @@ class Book:
                         tuple(sample.labels.get(name, "") for name in family.labelnames) for sample in metric.samples
                     }
                     series = {labelvalues: first for labelvalues, first in series.items() if labelvalues not in made}
-                metric.samples += _list_samples(ledger, family, series, names)
+                metric.samples += list_samples(ledger, family, series, names)
             yield metric
         for name, (family, series) in unmade.items():
             if ledger:
                 metric = Metric(name, family.help, family.type, family.unit)
-                metric.samples = _list_samples(ledger, family, series, names)
+                metric.samples = list_samples(ledger, family, series, names)
                 if metric.samples:
                     yield metric
 
@@ -429,7 +439,7 @@ class Restricted:
         return self._book._merge(registry.collect(), self._names)
 
 
-def _list_samples(
+def list_samples(
     ledger: Ledger, family: Family, series: dict[Labels, int], names: frozenset[str] | None
 ) -> list[Sample]:
     """Return the samples that prometheus_client would make of these series."""
