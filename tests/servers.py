@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +145,13 @@ class Site:
             return {} if young or len(abouts) != count else {port: about["pid"] for port, about in abouts.items()}
 
         return self.child.wait_until(settled, f"{count} workers have settled")
+
+    def wait_until_replaced(self, gone: Collection[int], count: int = 4) -> dict[int, int]:
+        """Wait until all workers have ports again, and none of them is one of those processes."""
+        return self.child.wait_until(
+            lambda: live if len(live := self.live()) == count and not set(gone) & set(live.values()) else {},
+            f"{count} workers answer, none of them of {sorted(gone)}",
+        )
 
     def total(self, sample: str = "django_http_requests_before_middlewares_total") -> float:
         return sum(scrape(port)[sample] for port in self.live())

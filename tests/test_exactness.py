@@ -101,12 +101,7 @@ def reload_twice(site: Site, seconds: float) -> None:
         time.sleep(seconds / 2)
         before = site.live()
         os.kill(site.child.pid, signal.SIGHUP)
-
-        def renewed(before: dict[int, int] = before) -> bool:
-            live = site.live()
-            return len(live) == WORKERS and not set(before.values()) & set(live.values())
-
-        site.child.wait_until(renewed, "new workers answer")
+        site.wait_until_replaced(before.values(), WORKERS)
         assert sorted(site.live()) == sorted(before), "the new workers have the ports of the old ones"
 
 

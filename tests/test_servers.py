@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from http.client import HTTPException
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -55,9 +55,9 @@ HYPERCORN = "it starts no other worker for a killed one: have the service restar
 
 def hang_up(site: Site, number: int = signal.SIGHUP) -> None:
     """Let the server replace its workers, and wait until it has."""
-    before = set(site.wait_until_settled(len(site.live())).values())
+    before = site.wait_until_settled(len(site.live()))
     os.kill(site.child.pid, number)
-    wait_until_replaced(site, before, len(before))
+    site.wait_until_replaced(before.values(), len(before))
 
 
 def kill(site: Site, port: int, workers: int) -> int:
@@ -71,13 +71,6 @@ def kill(site: Site, port: int, workers: int) -> int:
         return 0
 
     return site.child.wait_until(killed, f"the worker at port {port} is killed")
-
-
-def wait_until_replaced(site: Site, gone: Set[int], workers: int) -> None:
-    """Wait until all workers have ports again, and none of them is one of those processes."""
-    site.child.wait_until(
-        lambda: len(live := set(site.live().values())) == workers and not live & gone, f"others are there for {gone}"
-    )
 
 
 def wait_until_exact(site: Site, answered: int) -> None:
@@ -277,7 +270,7 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
 
         victim = kill(site, free_ports[0], server.workers)
         if server.replaces:
-            wait_until_replaced(site, {victim}, server.workers)
+            site.wait_until_replaced({victim}, server.workers)
             send(20)
             wait_until_exact(site, answered)
             row["kill"] = YES
@@ -329,13 +322,13 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
     with serving(tmp_path, free_ports, *words) as site:
         site.wait_for_workers()
         answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
-        old = set(site.wait_until_settled(4).values())
+        old = site.wait_until_settled(4)
         os.kill(site.child.pid, signal.SIGUSR2)
         second = Path(f"{pidfile}.2")
         new = int(site.child.wait_until(lambda: second.exists() and second.read_text(), "there is a new master"))
         site.child.wait_until(lambda: len(children(new)) == 4, "the new master has its workers")
         os.kill(site.child.pid, signal.SIGTERM)
-        wait_until_replaced(site, old, 4)
+        site.wait_until_replaced(old.values(), 4)
         answered += send_requests(100, lambda _: site.request(), threads=4).count(200)
 
         assert sorted(site.live()) == list(free_ports[:4])
@@ -375,7 +368,7 @@ def test_mod_wsgi(free_ports: range, row: Row, program: Callable[[str], str]) ->
             victim = site.wait_for_workers(3)[metric_ports[0]]
             answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
             os.kill(victim, signal.SIGKILL)
-            wait_until_replaced(site, {victim}, 3)
+            site.wait_until_replaced({victim}, 3)
             hang_up(site, signal.SIGUSR1)  # apachectl graceful
             site.child.wait_until(site.is_listening, "the site is there")
             answered += send_requests(20, lambda _: site.request(), threads=4).count(200)

@@ -123,16 +123,14 @@ def test_prometheus_follows_the_workers_through_a_reload_and_when_their_number_c
 ) -> None:
     *ports, prometheus_port = free_ports
     with gunicorn(tmp_path, ports, workers=2, DEMO_TOKEN_FILE=str(token_file)) as site:
-        old = site.wait_for_workers(2)
+        site.wait_for_workers(2)
         config = CONFIGURATION.format(token_file=token_file, port=ports[0], address=site.address)
         with prometheus(program("prometheus"), tmp_path, prometheus_port, config) as server:
             began = wait_until_scraped(server, site)
 
-            site.wait_until_settled(2)
+            old = site.wait_until_settled(2)
             os.kill(site.child.pid, signal.SIGHUP)
-            site.child.wait_until(
-                lambda: len(live := site.live()) == 2 and not set(live.values()) & set(old.values()), "they are new"
-            )
+            site.wait_until_replaced(old.values(), 2)
             wait_until_scraped(server, site, but=began)
 
             for number, workers in ((signal.SIGTTIN, 3), (signal.SIGTTOU, 2)):

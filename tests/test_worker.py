@@ -77,13 +77,7 @@ def test_reload_in_a_range_as_wide_as_the_workers_leaves_no_worker_without_port(
 
         for _ in range(2):
             os.kill(site.child.pid, signal.SIGHUP)
-            old = set(before.values())
-
-            def renewed(old: set[int] = old) -> dict[int, int]:
-                live = site.live()
-                return live if len(live) == 4 and not old & set(live.values()) else {}
-
-            before = site.child.wait_until(renewed, "four new workers have the four ports")
+            before = site.wait_until_replaced(before.values())
 
         assert scrape(free_ports[0])["promports_waiting_processes"] == 0
 
