@@ -171,14 +171,15 @@ class Endpoint:
         """Hold a conversation besides, on a socket that is closed with the endpoint."""
         self._loop.spawn(steps, sock=sock)
 
-    def pause(self) -> None:
-        """End the thread where it is half-way through nothing, until start(). The port stays claimed."""
+    def pause(self, seconds: float = STOP_SECONDS) -> None:
+        """Stop the thread between two steps, until start(); wait so long for it. The port stays claimed."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():  # a collector may fork
             self._thread, self._former = None, thread
             self._loop.wake()
-            thread.join(STOP_SECONDS)
-            _await_end(thread)
+            thread.join(seconds)
+            if not thread.is_alive():
+                _await_end(thread)
 
     def stop(self) -> None:
         """Free the port and end the thread."""

@@ -2,15 +2,18 @@
 
 The only mutable state of the package. Every hook says in which process it runs:
 
-- on_ready(): each process that loads the site. A server process claims; a management command does not.
+- on_ready(): each process that loads the site, management commands and tests included. It only watches.
+- _on_handler(): a process that built one of Django's handlers: a server, or a master that forks servers.
 - _on_uwsgi_fork(): a worker, mule or spooler that uWSGI forked from a process that had loaded the site.
-- _on_request(): a server process, at its first request. From then on it is a worker for good.
+- _on_request(): a process at its first request. A server is a worker from then on.
+- _at_exit(): each process that ends by itself, before Python tears it down.
 - _before_fork(), _after_fork_in_parent(): a process that is armed (it claimed once) and forks.
 - _after_fork_in_child(): its child.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -19,12 +22,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from django.core import checks as django_checks
+from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 from prometheus_client import Gauge
 
@@ -32,7 +38,7 @@ from django_promports import pages, ports, targets
 from django_promports.activity import Activity
 from django_promports.checks import LEDGER_FOLDER, check_settings
 from django_promports.conf import conf
-from django_promports.endpoint import Endpoint
+from django_promports.endpoint import STOP_SECONDS, Endpoint
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.loop import READ, Loop, Steps
@@ -42,6 +48,8 @@ logger = logging.getLogger("django_promports")
 
 # Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
 RETRY_SECONDS = 0.5
+# Seconds for the endpoint to come to a stop when the process ends: a collector may take minutes.
+EXIT_SECONDS = 1.0
 # Seconds for a supervisor, asked by a worker that it started, to free its port.
 STEP_DOWN_SECONDS = 2.0
 # In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
@@ -52,6 +60,9 @@ STEP_DOWN_SECONDS = 2.0
 PATIENCE_SECONDS = 5.0
 MAX_PATIENCE_SECONDS = 30.0
 SETTLED_SECONDS = 5.0
+
+# Whoever builds one of these serves requests, or forks processes that do.
+HANDLERS = (WSGIHandler, ASGIHandler)
 
 PORT = Gauge("promports_port", "The port that this process holds.")
 WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
@@ -87,24 +98,70 @@ class _Process:
 _process = _Process()
 _book = Book()
 _armed = False
+_is_server = False  # or a master that forks servers: it has built a handler
 # Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
 _uwsgi_parcel: int | None = None
 
 
 def on_ready() -> None:
-    """Called by AppConfig.ready(): claim if this process is a server, and otherwise see whether it becomes one.
+    """Called by AppConfig.ready(): claim once this process proves to be a server.
 
-    Servers import the project's wsgi.py or asgi.py, and with it one of these modules, before the apps are loaded;
-    management commands do not.
+    Every server builds one of Django's handlers, in the process that serves or in a master that forks it. A handler
+    that is built in a management command proves nothing; there the first request that a handler answers does.
     """
     request_started.connect(_on_request, dispatch_uid="django_promports")
-    if "django.core.wsgi" in sys.modules or "django.core.asgi" in sys.modules:
+    for handler in HANDLERS:
+        _watch(handler)
+
+
+def _watch(handler: Any) -> None:
+    """Call _on_handler() after an object of this class, or of a subclass, was built."""
+    build = handler.__init__
+    if hasattr(build, "watched_by_promports"):
+        return
+
+    @wraps(build)
+    def build_and_tell(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        _on_handler()
+
+    build_and_tell.watched_by_promports = True  # type: ignore[attr-defined]
+    handler.__init__ = build_and_tell
+
+
+def _on_handler() -> None:
+    global _is_server
+    try:
+        if _is_server or _is_inside_command() or _is_test_run():
+            return
+        _is_server = True
         uwsgi = sys.modules.get("uwsgi")  # which exists inside uWSGI only
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
             ports.relieve_parent(STEP_DOWN_SECONDS)
             _claim()
+    except Exception:
+        logger.exception("This process (pid %s) claims no metrics port before its first request.", os.getpid())
+
+
+def _is_inside_command() -> bool:
+    """Whether a management command runs in this process, in any thread: runserver loads the site in its second one."""
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            # execute_from_command_line(), ManagementUtility.execute() or call_command()
+            if caller.f_globals.get("__name__") == "django.core.management":
+                return True
+            caller = caller.f_back
+    return False
+
+
+def _is_test_run() -> bool:
+    """Whether Django's test environment is set up, or pytest runs, which imports a project's tests before that."""
+    state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
+    # Each of pytest's two signs misleads alone: child processes inherit the variable, and a site may import pytest.
+    return hasattr(state, "saved_data") or ("PYTEST_VERSION" in os.environ and "_pytest" in sys.modules)
 
 
 def start() -> int | None:
@@ -129,14 +186,38 @@ def port() -> int | None:
     return _process.port
 
 
-def _release(process: _Process, *, undo: bool = False) -> None:
-    """Free the port. undo: leave no folder and no ledger behind that this process has made."""
+def _at_exit() -> None:
+    # Python may take seconds to tear a process down, and nobody would answer at the port. A forked child has the hook
+    # of its parent, but not the port.
+    process = _process
+    if process.pid != os.getpid():
+        return
+    try:
+        _stop_retry(process, EXIT_SECONDS)
+        if process.lock.acquire(timeout=EXIT_SECONDS):
+            _release(process, seconds=EXIT_SECONDS)
+    except Exception:
+        logger.exception("The metrics port is not freed before the process ends. pid=%s", os.getpid())
+
+
+# Python calls what is registered last first, and what the site registers may count.
+atexit.register(_at_exit)
+
+
+def _release(process: _Process, *, undo: bool = False, seconds: float = STOP_SECONDS) -> None:
+    """Free the port: first the ledger, so that the next process to claim the port finds it free, then the socket.
+
+    undo: leave no folder and no ledger behind that this process has made. seconds: how long to wait for a collector.
+    """
     _stop_retry(process)
     with process.lock:
         if process.endpoint is not None:
-            process.endpoint.stop()
+            process.endpoint.pause(seconds)
+            try:
+                _book.close(undo=undo)
+            finally:
+                process.endpoint.stop()
             logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
-            _book.close(undo=undo)
             if undo and process.made_folder is not None:
                 with suppress(OSError):  # others have their ledgers in it
                     process.made_folder.rmdir()
@@ -144,12 +225,12 @@ def _release(process: _Process, *, undo: bool = False) -> None:
         process.retrying_since, process.is_waiting = 0.0, False
 
 
-def _stop_retry(process: _Process) -> bool:
+def _stop_retry(process: _Process, seconds: float | None = None) -> bool:
     """End the thread that waits for a port; False if there is none."""
     process.stopping.set()
     retry = process.retry
     if retry is not None and retry is not threading.current_thread():
-        retry.join()
+        retry.join(seconds)
     process.stopping = threading.Event()
     process.retry = None
     return retry is not None
@@ -161,10 +242,9 @@ def _start_retry(process: _Process) -> None:
     process.retry.start()
 
 
-def _on_request(**kwargs: Any) -> None:
-    # Tests that call views are no server; django.core.mail.outbox exists in Django's test environment only.
-    mail = sys.modules.get("django.core.mail")
-    if hasattr(mail, "outbox"):
+def _on_request(sender: Any = None, **kwargs: Any) -> None:
+    # The test client sends a handler of its own: it also warms caches and builds static sites, outside of tests.
+    if not (isinstance(sender, type) and issubclass(sender, HANDLERS)) or _is_test_run():
         return
     request_started.disconnect(dispatch_uid="django_promports")
     _become_worker()

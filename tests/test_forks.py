@@ -20,9 +20,10 @@ threads_at_forks = []
 os.register_at_fork(before=lambda: threads_at_forks.append(len(os.listdir("/proc/self/task"))))
 
 import django
-if sys.argv[1] == "master":
-    import django.core.wsgi
+from django.core.wsgi import get_wsgi_application
 django.setup()
+if sys.argv[1] == "master":
+    get_wsgi_application()
 from prometheus_client import Counter
 import django_promports
 from tests.servers import scrape

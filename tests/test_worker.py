@@ -14,8 +14,12 @@ import pytest
 from django.test import Client
 
 import django_promports
+from django_promports.conf import conf
+from django_promports.endpoint import Endpoint
+from django_promports.ledger import Ledger
 from tests.servers import (
     ROOT,
+    accepts,
     database,
     describe,
     get,
@@ -123,6 +127,69 @@ def test_the_successor_of_a_killed_worker_has_the_lowest_free_port(free_ports: r
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_port_is_free_before_python_tears_its_worker_down(kind: str, free_ports: range, tmp_path: Path) -> None:
+    (tmp_path / "slow_wsgi.py").write_text(SLOW_WSGI)
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with gunicorn(tmp_path, free_ports, *KINDS[kind], "slow_wsgi", workers=1, **env) as site:
+        (port, worker), *_ = site.wait_for_workers(1).items()
+        assert [site.request() for _ in range(3)] == [200] * 3
+        os.kill(worker, signal.SIGTERM)
+        site.child.wait_until((tmp_path / "ending").exists, "the worker is being torn down")
+
+        assert _is_alive(worker)
+        assert not accepts(port)
+        successor = _python(SUCCESSOR, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+        assert _is_alive(worker)
+        assert successor.stdout.split() == [str(port), "3.0"], successor.stderr
+        (tmp_path / "end").touch()
+
+
+def test_a_process_ends_in_time_while_a_collector_hangs(free_ports: range) -> None:
+    script = """
+import threading, django, django_promports
+from prometheus_client import REGISTRY, Counter
+from tests.servers import scrape
+django.setup()
+hanging = threading.Event()
+
+class Hanging:
+    def describe(self):
+        return []
+    def collect(self):
+        hanging.set()
+        threading.Event().wait()
+
+Counter("pieces", "Work done.").inc(7)
+REGISTRY.register(Hanging())
+threading.Thread(target=scrape, args=[django_promports.start(), 100], daemon=True).start()
+assert hanging.wait(30)
+"""
+    width = f"{free_ports[0]}-{free_ports[5]}"
+    done = _python(script, DEMO_PORT_RANGE=width)
+    successor = _python(SUCCESSOR.replace(REQUESTS, "pieces_total"), DEMO_PORT_RANGE=width)
+
+    assert done.returncode == 0, done.stderr
+    assert successor.stdout.split() == [str(free_ports[0]), "7.0"], successor.stderr
+
+
+def test_whoever_gets_a_port_that_was_freed_finds_its_ledger_free(
+    free_ports: range, this_process: None, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports[:1]
+    path = settings.PROMPORTS_LEDGER_DIR / f"{django_promports.start()}.ledger"
+    close = Endpoint.abandon
+
+    def open_ledger_and_close(endpoint: Endpoint) -> None:
+        Ledger(path, conf.project).close()  # raises LedgerLocked
+        close(endpoint)
+
+    monkeypatch.setattr(Endpoint, "abandon", open_ledger_and_close)
+    django_promports.stop()
+
+    assert not accepts(free_ports[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_helper_forked_in_a_view_holds_no_port_when_its_worker_is_killed(
     kind: str, free_ports: range, tmp_path: Path
 ) -> None:
@@ -198,8 +265,9 @@ def test_a_process_of_roots_that_counts_in_memory_says_so_once_it_is_a_worker(
     folder.mkdir(0o700)
     os.chown(folder, 65534, 65534)
     script = """
-import sys, django, django.core.wsgi, django_promports
-django.setup()
+import sys, django_promports
+from django.core.wsgi import get_wsgi_application
+get_wsgi_application()
 print("READY", file=sys.stderr)
 django_promports.start()
 django_promports.start()
@@ -241,29 +309,6 @@ def test_disabled_claims_nothing(free_ports: range, this_process: None, settings
     settings.PROMPORTS_ENABLED = False
 
     assert django_promports.start() is None
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["check"], ["migrate"], ["shell", "-c", "{probe}"], ["test", "probe_tests"]],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_management_command_holds_no_port_and_opens_none(
-    arguments: list[str], free_ports: range, tmp_path: Path
-) -> None:
-    # The command reports at its exit which ports it bound, and its threads. Port 0 is the check of the address.
-    (tmp_path / "sitecustomize.py").write_text(REPORT)
-    (tmp_path / "probe_tests.py").write_text(PROBE_TESTS)
-    done = manage(
-        *(a.format(probe="from django.core.signals import request_started") for a in arguments),
-        PYTHONPATH=f"{tmp_path}:{ROOT}",
-        DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[-1]}",
-        DEMO_DATABASE=str(tmp_path / "new.sqlite3"),
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "OPENED set() THREADS 1" in done.stderr
-    assert "promports" not in done.stdout + done.stderr
 
 
 def test_pytest_holds_no_port(client: Client, free_ports: range, settings: Any) -> None:
@@ -334,25 +379,33 @@ def test_with_a_wrong_setting_the_site_is_served_and_the_log_says_what_to_do(
     assert said in check.stderr
 
 
-REPORT = """
-import atexit, sys, threading
+# Its last object takes as long to delete as the test wants. (Under gevent nothing can sleep any more at that time.)
+SLOW_WSGI = """
+import os
+import pathlib
+import time
+from demo_site.wsgi import application
 
-bound = set()
+class Slow:
+    folder = pathlib.Path(__file__).parent
+    monotonic, give_way = time.monotonic, os.sched_yield
 
-def hook(event, arguments):
-    if event == "socket.bind":
-        bound.add(arguments[1][1])
+    def __del__(self):
+        (self.folder / "ending").touch()
+        deadline = self.monotonic() + 60
+        while not (self.folder / "end").exists() and self.monotonic() < deadline:
+            self.give_way()
 
-sys.addaudithook(hook)
-atexit.register(lambda: print("OPENED", bound - {0}, "THREADS", threading.active_count(), file=sys.stderr))
+slow = Slow()
 """
 
-PROBE_TESTS = """
-from django.test import TestCase
-
-class Test(TestCase):
-    def test_view(self):
-        assert self.client.get("/").status_code == 200
+REQUESTS = "django_http_requests_before_middlewares_total"
+SUCCESSOR = f"""
+import django, django_promports
+from tests.servers import scrape
+django.setup()
+port = django_promports.start()
+print(port, scrape(port)["{REQUESTS}"])
 """
 
 HELPER_SITE = """
