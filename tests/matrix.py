@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
-COLUMNS = ("server", "version", "mode", "ports", "exact", "recycle", "kill", "notes")
+COLUMNS = ("server", "version", "mode", "ports", "exact", "recycle", "kill", "end", "notes")
 BEGIN, END = "<!-- the tests write this table -->\n", "<!-- end of the table -->\n"
 
 
@@ -15,7 +15,8 @@ class Row(TypedDict, total=False):
     """What is known of one server in one mode.
 
     ports: of how many processes. exact: every request or task was counted once. recycle, kill: what was done, where it
-    stayed exact. Each is a check mark, a check mark with a word, or a reason. notes: what a user has to know or do.
+    stayed exact. Each is a check mark, a check mark with a word, or a reason. end: whether workers seal their ledgers
+    when they are told to stop. notes: what a user has to know or do.
     """
 
     server: str
@@ -25,6 +26,7 @@ class Row(TypedDict, total=False):
     exact: str
     recycle: str
     kill: str
+    end: str
     notes: str
 
 

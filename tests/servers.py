@@ -15,13 +15,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from django_promports.ledger import OPEN, SEAL_AT
 from django_promports.worker import SETTLED_SECONDS
 
 T = TypeVar("T")
@@ -354,6 +355,14 @@ def prometheus(
         server = Prometheus(child, port)
         child.wait_until(server.is_ready, "Prometheus is ready")
         yield server
+
+
+def how_they_ended(folder: Path, ports: Iterable[int]) -> str:
+    """Return how the last holders of these ports ended, as their ledgers tell: in an orderly way, or at once."""
+    seals = [(folder / f"{port}.ledger").read_bytes()[SEAL_AT : SEAL_AT + 4] for port in ports]
+    unsealed = seals.count(OPEN.to_bytes(4, sys.byteorder))
+    assert unsealed in (0, len(seals)), f"{unsealed} of {len(seals)} ledgers are not sealed"
+    return "at once" if unsealed else "sealed"
 
 
 def accepts(port: int) -> bool:

@@ -17,7 +17,19 @@ from pathlib import Path
 import pytest
 
 from tests.matrix import YES, Row, versions
-from tests.servers import ROOT, SECONDS, Child, accepts, describe, listening_ports, manage, running, scrape, wait_until
+from tests.servers import (
+    ROOT,
+    SECONDS,
+    Child,
+    accepts,
+    describe,
+    how_they_ended,
+    listening_ports,
+    manage,
+    running,
+    scrape,
+    wait_until,
+)
 
 pytestmark = pytest.mark.servers
 
@@ -137,11 +149,11 @@ def redis(shop: Shop, program: Callable[[str], str]) -> Iterator[None]:
 @pytest.mark.parametrize("pool", POOLS)
 def test_celery_counts_each_task_once(pool: str, shop: Shop, redis: None, row: Row) -> None:
     if pool == "prefork":
-        check(shop, celery(*POOLS[pool], RECYCLE), lambda: send_tasks(shop), 4, recycled=True)
+        row["end"] = check(shop, celery(*POOLS[pool], RECYCLE), lambda: send_tasks(shop), 4, recycled=True)
         report(row, "Celery", "celery", "prefork, 4 children", 4, "celery")
         row["recycle"] = f"{YES} `--max-tasks-per-child`"
     else:
-        check(shop, celery(*POOLS[pool]), lambda: send_tasks(shop), 1)
+        row["end"] = check(shop, celery(*POOLS[pool]), lambda: send_tasks(shop), 1)
         report(row, "Celery", "celery", pool, 1, "celery")
 
 
@@ -186,7 +198,7 @@ for _ in range(20):  # each is a connection of its own
         for number in range({COUNT // 20}):
             assert pack(b"%d" % number, timeout={SECONDS}, wait_for_ready=True) == b"%d" % number
 """
-    check(shop, serve("grpc_server", processes, address), lambda: shop.python("-c", script), processes)
+    row["end"] = check(shop, serve("grpc_server", processes, address), lambda: shop.python("-c", script), processes)
 
     report_processes(row, "gRPC", "grpcio", processes, "grpc")
 
@@ -209,7 +221,7 @@ for _ in range(20):
         wait_until(lambda: accepts(shop.server_port), "the server listens")
         shop.python("-c", script)
 
-    check(shop, serve("thrift_server", processes, *address), call, processes)
+    row["end"] = check(shop, serve("thrift_server", processes, *address), call, processes)
 
     report_processes(row, "Thrift", "thriftpy2", processes, "thrift")
 
@@ -229,7 +241,7 @@ with Redis.from_url(os.environ["QUEUE"]) as redis:
         time.sleep(0.02)
 """
     command = ["manage.py", "pack_orders", f"--processes={processes}"]
-    check(shop, command, lambda: shop.python("-c", script), processes)
+    row["end"] = check(shop, command, lambda: shop.python("-c", script), processes)
 
     report_processes(row, "management command", "django", processes, "a-management-command")
 
@@ -249,8 +261,11 @@ def test_the_targets_of_a_service_have_its_range_and_label(shop: Shop) -> None:
 
 def check(
     shop: Shop, program: Sequence[str], work: Callable[[], object], processes: int, *, recycled: bool = False
-) -> None:
-    """Work, kill a process, work again: all is counted. A forked child has a successor, a program is started again."""
+) -> str:
+    """Work, kill a process, work again: all is counted. A forked child has a successor, a program is started again.
+
+    Return how the processes ended when they were told to stop.
+    """
     with contextlib.ExitStack() as stack:
         child = stack.enter_context(shop.run(*program))
         first = shop.wait_for(child, processes)
@@ -272,8 +287,10 @@ def check(
         work()
 
         shop.wait_for_count(child, 2 * COUNT)
+        shop.wait_for(child, processes)
         stop(child)
     assert not shop.live()
+    return how_they_ended(shop.folder / "ledgers", shop.ports[:processes])
 
 
 def stop(child: Child) -> None:

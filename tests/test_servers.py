@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.matrix import YES, Row, versions
-from tests.servers import ROOT, Site, children, database, describe, scrape, send_requests, serving
+from tests.servers import ROOT, Site, children, database, describe, how_they_ended, scrape, send_requests, serving
 
 pytestmark = pytest.mark.servers
 
@@ -273,6 +273,7 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
             site.wait_until_replaced({victim}, server.workers)
             send(20)
             wait_until_exact(site, answered)
+            live = site.wait_for_workers(server.workers)
             row["kill"] = YES
         site.child.process.terminate()
         site.child.process.wait(30)
@@ -284,6 +285,7 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
             site.wait_for_workers(server.workers)
             wait_until_exact(site, answered)
         row["recycle"] = row["kill"] = f"{YES} started again"
+    row["end"] = how_they_ended(tmp_path / "ledgers", live)
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no-preload", "preload"])
@@ -309,6 +311,7 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
                 wait_until_exact(site, 200 * (start + 1))
                 site.wait_for_workers()
                 assert "ERROR" not in site.child.output()
+        row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
         owners = {path.owner() for path in [tmp_path / "ledgers", *(tmp_path / "ledgers").iterdir()]}
     assert owners == {"nobody"}
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} each", kill="as sync", notes="the ledgers are the user's"))
@@ -335,6 +338,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         assert site.total() == answered == 300
         os.kill(new, signal.SIGTERM)
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
+    row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
     notes = "end the old master within 5 s, or have no more ports than workers: last counts stay with a port"
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} USR2", kill="as sync", notes=notes))
 
@@ -378,6 +382,7 @@ def test_mod_wsgi(free_ports: range, row: Row, program: Callable[[str], str]) ->
             assert answered == 220
             site.child.process.terminate()
             site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
+        row["end"] = how_they_ended(Path(folder, "ledgers"), metric_ports[:3])
     row.update(Row(exact=YES, recycle=f"{YES} graceful", kill=YES))
 
 
@@ -395,7 +400,7 @@ def test_uwsgi_without_threads_serves_the_site_and_says_once_what_to_set(
         assert "Traceback" not in output
     notes = "set `enable-threads`: without, no thread of Python's runs; the log says so (`promports.E014`)"
     row.update(Row(server="uWSGI", version=versions("pyuwsgi"), mode="without enable-threads", ports="0", notes=notes))
-    row.update(Row(exact="no ports", recycle="no ports", kill="no ports"))
+    row.update(Row(exact="no ports", recycle="no ports", kill="no ports", end="no ports"))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -461,6 +466,7 @@ def test_runserver_through_ten_reloads(free_ports: range, tmp_path: Path, row: R
         os.killpg(site.child.pid, signal.SIGINT)  # Ctrl-C
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
         assert "Traceback" not in site.child.output()
+    row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:1])
     row.update(Row(server="runserver", version=versions("django"), mode="with its reloader", ports="1", exact=YES))
     row.update(Row(recycle=f"{YES} ten reloads", kill="one process", notes="the reloader's parent holds no port"))
 
