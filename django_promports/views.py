@@ -18,9 +18,9 @@ from django.views.decorators.http import require_safe
 
 from django_promports import pages
 from django_promports.conf import conf
+from django_promports.discovery import find_targets, look
 from django_promports.endpoint import is_authorized
 from django_promports.loop import Loop
-from django_promports.worker import find_targets, look
 
 
 @login_not_required

@@ -1,6 +1,6 @@
-"""This process's claim: who gets one, when, and what becomes of it at a fork.
+"""Which process serves: when this one claims a port, and what becomes of the claim at a fork and at the end.
 
-The only mutable state of the package. Every hook says in which process it runs:
+What it holds is the package's only mutable state. Every hook says in which process it runs:
 
 - on_ready(): each process that loads the site, management commands and tests included. It only watches.
 - _on_handler(): a process that built one of Django's handlers: a server, or a master that forks servers.
@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, wraps
 from itertools import takewhile
@@ -34,73 +34,28 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 from prometheus_client import Gauge
 
-from django_promports import pages, ports, targets
+from django_promports import ports, targets
 from django_promports.activity import Activity
 from django_promports.checks import LEDGER_FOLDER, check_settings
+from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
-from django_promports.endpoint import STOP_SECONDS, Endpoint
+from django_promports.discovery import find_targets, look
+from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
-from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
-from django_promports.loop import READ, Loop, Steps
+from django_promports.loop import READ, Steps
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
 
-# Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
-RETRY_SECONDS = 0.5
 # Seconds for the endpoint to come to a stop when the process ends: a collector may take minutes.
 EXIT_SECONDS = 1.0
 # Seconds for a supervisor, asked by a worker that it started, to free its port.
 STEP_DOWN_SECONDS = 2.0
-# In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
-# than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
-# behind in ledgers of ports that nobody has. Seconds that they wait, and wait on after each port that changed hands
-# (some servers replace one worker after the other), in all; and since when the other workers must have had their ports
-# for it to be a reload and no start.
-PATIENCE_SECONDS = 5.0
-MAX_PATIENCE_SECONDS = 30.0
-SETTLED_SECONDS = 5.0
-
 # Whoever builds one of these serves requests, or forks processes that do.
 HANDLERS = (WSGIHandler, ASGIHandler)
 
 PORT = Gauge("promports_port", "The port that this process holds.")
 WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
-
-
-class _Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still have their ports, or the user may change."""
-
-
-class _Process:
-    """What this process holds, and what is known about it. A forked child begins with a new one."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.lock = threading.RLock()
-        self.port: int | None = None
-        self.endpoint: Endpoint | None = None
-        self.retry: threading.Thread | None = None
-        self.stopping = threading.Event()
-        self.retrying_since = 0.0
-        self.is_waiting = False
-        self.waiting_sign: Any = None
-        self.made_folder: Path | None = None
-        self.unsaid = ""
-        self.broken = False
-        # True once it served a request or called start(), and in its forked children, which are its own business.
-        # Until then it may be a master, and a child of a master is a worker.
-        self.is_worker = False
-        self.forking_thread: int | None = None
-        self.was_retrying = False
-
-
-_process = _Process()
-_book = Book()
-_armed = False
-_is_server = False  # or a master that forks servers: it has built a handler
-# Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
-_uwsgi_parcel: int | None = None
 
 
 def on_ready() -> None:
@@ -177,8 +132,8 @@ def start() -> int | None:
 
 def stop() -> None:
     """Free the port of this process, if it has one, and end its thread."""
-    _release(_process)
-    _process.broken = False
+    _process.release()
+    _process.is_broken = False
 
 
 def port() -> int | None:
@@ -193,53 +148,13 @@ def _at_exit() -> None:
     if process.pid != os.getpid():
         return
     try:
-        _stop_retry(process, EXIT_SECONDS)
-        if process.lock.acquire(timeout=EXIT_SECONDS):
-            _release(process, seconds=EXIT_SECONDS)
+        process.release(seconds=EXIT_SECONDS)
     except Exception:
         logger.exception("The metrics port is not freed before the process ends. pid=%s", os.getpid())
 
 
 # Python calls what is registered last first, and what the site registers may count.
 atexit.register(_at_exit)
-
-
-def _release(process: _Process, *, undo: bool = False, seconds: float = STOP_SECONDS) -> None:
-    """Free the port: first the ledger, so that the next process to claim the port finds it free, then the socket.
-
-    undo: leave no folder and no ledger behind that this process has made. seconds: how long to wait for a collector.
-    """
-    _stop_retry(process)
-    with process.lock:
-        if process.endpoint is not None:
-            process.endpoint.pause(seconds)
-            try:
-                _book.close(undo=undo)
-            finally:
-                process.endpoint.stop()
-            logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
-            if undo and process.made_folder is not None:
-                with suppress(OSError):  # others have their ledgers in it
-                    process.made_folder.rmdir()
-        process.endpoint = process.port = None
-        process.retrying_since, process.is_waiting = 0.0, False
-
-
-def _stop_retry(process: _Process, seconds: float | None = None) -> bool:
-    """End the thread that waits for a port; False if there is none."""
-    process.stopping.set()
-    retry = process.retry
-    if retry is not None and retry is not threading.current_thread():
-        retry.join(seconds)
-    process.stopping = threading.Event()
-    process.retry = None
-    return retry is not None
-
-
-def _start_retry(process: _Process) -> None:
-    process.retrying_since = process.retrying_since or time.monotonic()
-    process.retry = threading.Thread(target=_retry, args=[process], name="promports-retry", daemon=True)
-    process.retry.start()
 
 
 def _on_request(sender: Any = None, **kwargs: Any) -> None:
@@ -251,14 +166,11 @@ def _on_request(sender: Any = None, **kwargs: Any) -> None:
 
 
 def _become_worker() -> None:
-    """Claim for a process that is no master, and no longer one that may be."""
+    """Mark this process as a worker, then claim a port."""
     # Forked by a parent without a port, like that of a Celery pool, or by uWSGI with somebody's hook in place of ours.
     if _process.pid != os.getpid():
         _begin_after_unseen_fork()
-    _process.is_worker = True
-    said, _process.unsaid = _process.unsaid, ""
-    if said:
-        logger.error(said)
+    _process.become_worker()
     _claim()
 
 
@@ -269,151 +181,46 @@ def _claim(*, at_once: bool = True) -> None:
         if not conf.PROMPORTS_ENABLED:
             return
         with process.lock:
-            if process.endpoint is not None or process.is_waiting or not _is_usable(process):
-                return
-            _arm()
-            try:
-                if not at_once:
-                    raise _Undecided
-                _serve(process, waited=0.0)
-            except (ports.RangeFull, _Undecided) as reason:
-                if isinstance(reason, ports.RangeFull):
-                    _tell_full(process, reason)
-                if process.retry is None:
-                    _start_retry(process)
+            if process.endpoint is None and not process.is_waiting and _is_usable(process):
+                _arm()
+                process.claim(at_once=at_once)
     except Exception:
-        process.broken = True
+        process.is_broken = True
         logger.exception("This process (pid %s) serves no metrics.", os.getpid())
 
 
-def _is_usable(process: _Process) -> bool:
-    """Whether nothing in the settings forbids to serve metrics; what does is logged once."""
-    if process.broken:
+def _is_usable(process: Holder) -> bool:
+    """Whether the settings allow to serve metrics; what does not is logged once."""
+    if process.is_broken:
         return False
     for message in check_settings():
         if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
             logger.error("%s %s This process serves no metrics. (%s)", message.msg, message.hint, message.id)
-            process.broken = True
-    return not process.broken
+            process.is_broken = True
+    return not process.is_broken
 
 
-def _tell_full(process: _Process, full: ports.RangeFull) -> None:
-    logger.error(
-        "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
-        "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
-        full,
-        os.getpid(),
-    )
-    process.is_waiting = True
+def _read_terms() -> Terms:
+    return Terms(conf.PROMPORTS_ADDRESS, conf.PROMPORTS_PORT_RANGE, conf.PROMPORTS_LEDGER_DIR, conf.project)
 
 
-def _serve(process: _Process, *, waited: float) -> None:
+def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
     port_range = conf.PROMPORTS_PORT_RANGE
-    claim, ledger = _claim_with_ledger(process, port_range, waited)
-    try:
-        if ledger is not None:
-            _book.open(ledger)
-        endpoint = Endpoint(
-            claim.listener,
-            exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
-            about=_describe(claim.port),
-            find_targets=find_targets,
-            look=look,
-            activity=Activity(_book.registry, conf.metric_namespace),
-            tls=conf.server_tls(),
-            read_token=conf.read_token,
-        )
-    except BaseException:
-        _book.close()
-        claim.listener.close()
-        raise
+    endpoint = Endpoint(
+        claim.listener,
+        exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
+        about=_describe(claim.port),
+        find_targets=find_targets,
+        look=look,
+        activity=Activity(_book.registry, conf.metric_namespace),
+        tls=conf.server_tls(),
+        read_token=conf.read_token,
+    )
     PORT.set(claim.port)
     WAITING.set_function(lambda: ports.count_waiting(port_range))
     if not process.is_worker and (door := ports.open_door()):
         endpoint.hold(_await_child(process, door), door)
-    endpoint.start()
-    process.endpoint, process.port = endpoint, claim.port
-    logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
-
-
-def _claim_with_ledger(
-    process: _Process, port_range: Sequence[int], waited: float
-) -> tuple[ports.Claim, Ledger | None]:
-    """Claim the lowest port that is free and whose ledger is too; where all ledgers are taken, the lowest free port."""
-    folder = conf.PROMPORTS_LEDGER_DIR
-    address = conf.PROMPORTS_ADDRESS
-    process.unsaid = ""
-    if folder is None:
-        return ports.claim(address, port_range), None
-    passed: list[ports.Claim] = []
-    try:
-        while True:
-            claim = ports.claim(address, [number for number in port_range if number not in {c.port for c in passed}])
-            try:
-                if make_folder(folder):
-                    process.made_folder = folder
-                if _is_reload(folder, port_range, claim.port, waited):
-                    passed.append(claim)
-                    raise _Undecided
-                return claim, Ledger(folder / f"{claim.port}.ledger", conf.project)
-            except LedgerLocked:
-                passed.append(claim)
-            except (OSError, LedgerFull) as error:
-                reason = str(error)
-                break
-    except ports.RangeFull:
-        if not passed:
-            raise
-        claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
-    finally:
-        for other in passed:
-            other.listener.close()
-    said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
-    if os.geteuid() == 0 and not process.is_worker:  # a master of root's may have workers of the folder's user
-        process.unsaid = said
-    else:
-        logger.error(said)
-    return claim, None
-
-
-def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
-    """Whether the port is new to the site, and another one will soon come free."""
-    if read_opening(folder / f"{port}.ledger") is not None:
-        return False
-    openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]
-    ages = [time.time() - opening for opening in openings if opening is not None]
-    if waited < PATIENCE_SECONDS:
-        return any(age > SETTLED_SECONDS for age in ages)
-    return waited < MAX_PATIENCE_SECONDS and any(age < PATIENCE_SECONDS for age in ages)
-
-
-def _retry(process: _Process) -> None:
-    try:
-        while True:
-            if process.is_waiting and process.waiting_sign is None:
-                process.waiting_sign = ports.announce_waiting(conf.PROMPORTS_PORT_RANGE)
-            if process.stopping.wait(RETRY_SECONDS):
-                return
-            with process.lock:
-                if process.stopping.is_set() or process.endpoint is not None:
-                    return
-                try:
-                    _serve(process, waited=time.monotonic() - process.retrying_since)
-                except _Undecided:
-                    continue
-                except ports.RangeFull as full:
-                    if not process.is_waiting:
-                        _tell_full(process, full)
-                    continue
-                process.is_waiting = False
-                return
-    except Exception:
-        process.broken = True
-        logger.exception("This process (pid %s) serves no metrics.", os.getpid())
-    finally:
-        if process.waiting_sign is not None:
-            process.waiting_sign.close()
-            process.waiting_sign = None
+    return endpoint
 
 
 def _describe(claimed: int) -> Any:
@@ -436,19 +243,22 @@ def _command() -> str:
     return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
 
 
-def find_targets(loop: Loop) -> Steps[bytes]:
-    """Ask every port of this machine and return the http_sd document of those at which a worker answers."""
-    address = conf.local_address
-    live = yield from targets.find_live(loop, conf.site, {address: conf.PROMPORTS_PORT_RANGE})
-    exported = {conf.PROMPORTS_TARGET_HOST: live[address]}
-    groups = targets.target_groups(exported, labels=conf.PROMPORTS_TARGET_LABELS, scheme=conf.scheme)
-    return b"".join(targets.dump_json(groups))
+_book = Book()
+_process = Holder(_book, _read_terms, _make_endpoint)
+_armed = False
+_is_server = False  # or a master that forks servers: it has built a handler
+_forking_thread: int | None = None
+_was_retrying = False
+# Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
+_uwsgi_parcel: int | None = None
 
 
-def look(loop: Loop) -> Steps[pages.Look]:
-    """Ask every port of this machine what it does, for the page."""
-    origin = pages.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
-    return (yield from pages.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))
+def _begin_process() -> Holder:
+    """Begin in a forked child, and return what the parent holds."""
+    global _process
+    parent, _process = _process, Holder(_book, _read_terms, _make_endpoint)
+    _process.is_broken = parent.is_broken
+    return parent
 
 
 def _arm() -> None:
@@ -461,14 +271,16 @@ def _arm() -> None:
 
 
 def _before_fork() -> None:
+    global _forking_thread, _was_retrying
     process = _process
     if process.is_worker:
-        process.was_retrying = _stop_retry(process)
+        _was_retrying = process.stop_retry()
     else:
         # A master: its first child may have the port. The ledger is the workers', who may be of another user.
-        _release(process, undo=os.geteuid() == 0)
+        process.release(undo=os.geteuid() == 0)
+        _was_retrying = False
     process.lock.acquire()
-    process.forking_thread = threading.get_ident()
+    _forking_thread = threading.get_ident()
     if process.endpoint is not None:
         # A child inherits every lock as it is, without the thread that holds it. Python warns of that since 3.12.
         process.endpoint.pause()
@@ -477,25 +289,27 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
+    global _forking_thread
     process = _process
-    if process.forking_thread == threading.get_ident():
-        process.forking_thread = None
+    if _forking_thread == threading.get_ident():
+        _forking_thread = None
         try:
             if process.endpoint is not None:
                 process.endpoint.start()
-            elif process.was_retrying:
-                _start_retry(process)
+            elif _was_retrying:
+                process.start_retry()
             _book.part_with_parcel()
         finally:
             process.lock.release()
 
 
 def _after_fork_in_child() -> None:
-    global _process
-    parent, _process = _process, _Process()
-    _process.is_worker, _process.broken = parent.is_worker, parent.broken
-    if parent.forking_thread is None:  # armed by another thread in the middle of this fork
+    global _forking_thread
+    parent = _begin_process()
+    _process.is_worker = parent.is_worker
+    if _forking_thread is None:  # armed by another thread in the middle of this fork
         return
+    _forking_thread = None
     try:
         _book.begin_in_child(keep=not parent.is_worker)
         if parent.endpoint is not None:
@@ -510,7 +324,7 @@ def _after_fork_in_child() -> None:
         _claim(at_once=os.geteuid() != 0)
 
 
-def _await_child(process: _Process, door: socket.socket) -> Steps[None]:
+def _await_child(process: Holder, door: socket.socket) -> Steps[None]:
     """Free the port of a supervisor, which loads the site and serves nothing, when a child comes that claims.
 
     Supervisors that fork are known by that; this is for those that spawn, like hypercorn's with --reload.
@@ -525,9 +339,9 @@ def _await_child(process: _Process, door: socket.socket) -> Steps[None]:
             peer.close()
 
 
-def _step_down(process: _Process, peer: socket.socket) -> None:
+def _step_down(process: Holder, peer: socket.socket) -> None:
     try:
-        _release(process)
+        process.release()
     finally:
         peer.close()  # which is what the child waits for
 
@@ -560,9 +374,7 @@ def _on_uwsgi_fork(uwsgi: Any, site_hook: Callable[[], object] | None) -> None:
 
 def _begin_after_unseen_fork() -> None:
     """Begin in a child of a process that was not armed, or forked in C: all its children have copies of its numbers."""
-    global _process
-    parent, _process = _process, _Process()
-    _process.broken = parent.broken
+    _begin_process()
     try:
         _book.pack()
         _book.begin_in_child(keep=_uwsgi_parcel is not None and os.read(_uwsgi_parcel, 1) != b"")

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from django_promports.claim import SETTLED_SECONDS
 from django_promports.ledger import OPEN, SEAL_AT
-from django_promports.worker import SETTLED_SECONDS
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

@@ -82,7 +82,7 @@ def live(**about: Any) -> Worker:
 def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     def draw(text: str) -> Elements:
         said = [live(command=text), Worker(19101, "other", text), Worker(19102, "live", samples=STEADY)]
-        return Elements(render(find(*said, project=text, origin=f"http://{text}"), {text: text, "port": 1}))
+        return Elements(render(find(*said, project=text, origin=f"http://{text}"), {f"-{text}": text, "port": 1}))
 
     drawn = draw(text)
 

@@ -1,0 +1,240 @@
+"""Claim: what a process holds, a port with its ledger, and how it comes by both and gives them up.
+
+A process claims the lowest free port whose ledger is free too. Where it has to wait for one, a thread tries again. At
+the end the ledger is released before the port, so that whoever gets the port finds its ledger free.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from django_promports import ports
+from django_promports.endpoint import STOP_SECONDS, Endpoint
+from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
+from django_promports.values import Book
+
+logger = logging.getLogger("django_promports")
+
+# Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
+RETRY_SECONDS = 0.5
+# In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
+# than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
+# behind in ledgers of ports that no process holds. Seconds that they wait, and wait on after each port that changed
+# hands (some servers replace one worker after the other), in all; and since when the other workers must have had their
+# ports for it to be a reload and no start.
+PATIENCE_SECONDS = 5.0
+MAX_PATIENCE_SECONDS = 30.0
+SETTLED_SECONDS = 5.0
+
+
+class Undecided(Exception):
+    """It is too early to claim: the old workers of a reload still have their ports, or the user may change."""
+
+
+class Terms(NamedTuple):
+    """What the settings say of a claim. folder: of the ledgers; None: count in memory. site: whose ledgers they are."""
+
+    address: str
+    ports: Sequence[int]
+    folder: Path | None
+    site: str
+
+
+class Holder:
+    """One process as the holder of a port and its ledger. A forked child begins with a new one.
+
+    book: the metrics that count in the ledger. read_terms: returns the settings of now. make_endpoint: returns what
+    serves a claimed port. port, endpoint: None without a port. is_worker: whether the process is known to be a worker;
+    until then it may be a master, whose children are the workers. is_broken: whether it failed in a way that no waiting
+    cures.
+    """
+
+    def __init__(
+        self, book: Book, read_terms: Callable[[], Terms], make_endpoint: Callable[[Holder, ports.Claim], Endpoint]
+    ) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.port: int | None = None
+        self.endpoint: Endpoint | None = None
+        self.is_worker = False
+        self.is_broken = False
+        self.is_waiting = False
+        self.waiting_sign: Any = None
+        self._book, self._read_terms, self._make_endpoint = book, read_terms, make_endpoint
+        self._retry: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._retrying_since = 0.0
+        self._made_folder: Path | None = None
+        self._unsaid = ""
+
+    def claim(self, *, at_once: bool = True) -> None:
+        """Claim a port, or let a thread claim one as soon as it can. Raises OSError where waiting is of no use."""
+        with self.lock:
+            if self.endpoint is not None or self.is_waiting:
+                return
+            try:
+                if not at_once:
+                    raise Undecided
+                self._serve(waited=0.0)
+            except (ports.RangeFull, Undecided) as reason:
+                if isinstance(reason, ports.RangeFull):
+                    self._tell_full(reason)
+                if self._retry is None:
+                    self.start_retry()
+
+    def release(self, *, undo: bool = False, seconds: float = STOP_SECONDS) -> None:
+        """Free the ledger and then the port, and stop waiting for one.
+
+        undo: leave no folder and no ledger behind that this process has made. seconds: how long to wait for a thread of
+        ours that is busy, with a collector of the site say.
+        """
+        self.stop_retry(seconds)
+        if not self.lock.acquire(timeout=seconds):
+            return
+        try:
+            if self.endpoint is not None:
+                self.endpoint.pause(seconds)
+                try:
+                    self._book.close(undo=undo)
+                finally:
+                    self.endpoint.stop()
+                logger.info("Freed the metrics port. port=%s pid=%s", self.port, os.getpid())
+                if undo and self._made_folder is not None:
+                    with suppress(OSError):  # others have their ledgers in it
+                        self._made_folder.rmdir()
+            self.endpoint = self.port = None
+            self._retrying_since, self.is_waiting = 0.0, False
+        finally:
+            self.lock.release()
+
+    def become_worker(self) -> None:
+        """Know that this process is a worker, and say what was held back while it could have been a master."""
+        self.is_worker = True
+        said, self._unsaid = self._unsaid, ""
+        if said:
+            logger.error(said)
+
+    def stop_retry(self, seconds: float | None = None) -> bool:
+        """Stop the thread that waits for a port; False if there is none."""
+        self._stopping.set()
+        retry = self._retry
+        if retry is not None and retry is not threading.current_thread():
+            retry.join(seconds)
+        self._stopping = threading.Event()
+        self._retry = None
+        return retry is not None
+
+    def start_retry(self) -> None:
+        """Let a thread claim a port as soon as it can."""
+        self._retrying_since = self._retrying_since or time.monotonic()
+        self._retry = threading.Thread(target=self._wait_for_port, name="promports-retry", daemon=True)
+        self._retry.start()
+
+    def _serve(self, *, waited: float) -> None:
+        claim, ledger = self._claim_with_ledger(self._read_terms(), waited)
+        try:
+            if ledger is not None:
+                self._book.open(ledger)
+            endpoint = self._make_endpoint(self, claim)
+        except BaseException:
+            self._book.close()
+            claim.listener.close()
+            raise
+        endpoint.start()
+        self.endpoint, self.port = endpoint, claim.port
+        logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
+
+    def _claim_with_ledger(self, terms: Terms, waited: float) -> tuple[ports.Claim, Ledger | None]:
+        """Claim the lowest free port whose ledger is free too; where all ledgers are taken, the lowest free port."""
+        folder = terms.folder
+        self._unsaid = ""
+        if folder is None:
+            return ports.claim(terms.address, terms.ports), None
+        passed: list[ports.Claim] = []
+        try:
+            while True:
+                others = {claim.port for claim in passed}
+                claim = ports.claim(terms.address, [number for number in terms.ports if number not in others])
+                try:
+                    if make_folder(folder):
+                        self._made_folder = folder
+                    if _is_reload(folder, terms.ports, claim.port, waited):
+                        passed.append(claim)
+                        raise Undecided
+                    return claim, Ledger(folder / f"{claim.port}.ledger", terms.site)
+                except LedgerLocked:
+                    passed.append(claim)
+                except (OSError, LedgerFull) as error:
+                    reason = str(error)
+                    break
+        except ports.RangeFull:
+            if not passed:
+                raise
+            claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
+        finally:
+            for other in passed:
+                other.listener.close()
+        self._tell_in_memory(reason)
+        return claim, None
+
+    def _tell_in_memory(self, reason: str) -> None:
+        said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
+        if os.geteuid() == 0 and not self.is_worker:  # root's master may have workers of the folder's user
+            self._unsaid = said
+        else:
+            logger.error(said)
+
+    def _tell_full(self, full: ports.RangeFull) -> None:
+        logger.error(
+            "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
+            "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
+            full,
+            os.getpid(),
+        )
+        self.is_waiting = True
+
+    def _wait_for_port(self) -> None:
+        try:
+            while True:
+                if self.is_waiting and self.waiting_sign is None:
+                    self.waiting_sign = ports.announce_waiting(self._read_terms().ports)
+                if self._stopping.wait(RETRY_SECONDS):
+                    return
+                with self.lock:
+                    if self._stopping.is_set() or self.endpoint is not None:
+                        return
+                    try:
+                        self._serve(waited=time.monotonic() - self._retrying_since)
+                    except Undecided:
+                        continue
+                    except ports.RangeFull as full:
+                        if not self.is_waiting:
+                            self._tell_full(full)
+                        continue
+                    self.is_waiting = False
+                    return
+        except Exception:
+            self.is_broken = True
+            logger.exception("This process (pid %s) serves no metrics.", os.getpid())
+        finally:
+            if self.waiting_sign is not None:
+                self.waiting_sign.close()
+                self.waiting_sign = None
+
+
+def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
+    """Whether the port is new to the site, and another one will soon come free."""
+    if read_opening(folder / f"{port}.ledger") is not None:
+        return False
+    openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]
+    ages = [time.time() - opening for opening in openings if opening is not None]
+    if waited < PATIENCE_SECONDS:
+        return any(age > SETTLED_SECONDS for age in ages)
+    return waited < MAX_PATIENCE_SECONDS and any(age < PATIENCE_SECONDS for age in ages)
