@@ -8,6 +8,18 @@ HTTP requests (a Celery pool child, a gRPC server, a daemon) call start() themse
 
 from __future__ import annotations
 
-from django_promports.worker import port, start, stop
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from django_promports.worker import port, start, stop
 
 __all__ = ["port", "start", "stop"]
+
+
+def __getattr__(name: str) -> Any:
+    # Found when asked for: the modules that count, render and serve need no Django, and import this one too.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from django_promports import worker
+
+    return getattr(worker, name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from django_promports import pages, targets
+from django_promports import targets
 from django_promports.conf import conf
 from django_promports.loop import Loop, Steps
+from django_promports.page import look as ports_seen
 
 
 def find_targets(loop: Loop) -> Steps[bytes]:
@@ -16,7 +17,7 @@ def find_targets(loop: Loop) -> Steps[bytes]:
     return b"".join(targets.dump_json(groups))
 
 
-def look(loop: Loop) -> Steps[pages.Look]:
+def look(loop: Loop) -> Steps[ports_seen.Look]:
     """Ask every port of this machine what it does, for the page."""
-    origin = pages.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
-    return (yield from pages.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))
+    origin = ports_seen.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
+    return (yield from ports_seen.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))

@@ -27,10 +27,11 @@ from urllib.parse import parse_qs
 
 from prometheus_client import Counter
 
-from django_promports import pages
 from django_promports.activity import Activity
 from django_promports.exposition import SLICE_SECONDS, Exposition
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
+from django_promports.page import html
+from django_promports.page.look import Look, make_origin
 from django_promports.targets import check_host
 
 logger = logging.getLogger("django_promports")
@@ -136,7 +137,7 @@ class Endpoint:
         *,
         about: Callable[[], Mapping[str, object]],
         find_targets: Callable[[Loop], Steps[bytes]],
-        look: Callable[[Loop], Steps[pages.Look]],
+        look: Callable[[Loop], Steps[Look]],
         exposition: Exposition,
         activity: Activity,
         tls: ssl.SSLContext | None = None,
@@ -331,12 +332,12 @@ class Endpoint:
         if found.origin is not None:
             found = found._replace(origin=_find_origin(request.header("Host"), found.origin))
         pieces, rested = [], perf_counter()
-        for piece in pages.draw(found, about):
+        for piece in html.draw(found, about):
             pieces.append(piece)
             if perf_counter() - rested > SLICE_SECONDS:
                 yield from self._loop.give_way()
                 rested = perf_counter()
-        return Response(200, "text/html; charset=utf-8", pages.encode(pieces), pages.HEADERS)
+        return Response(200, "text/html; charset=utf-8", html.encode(pieces), html.HEADERS)
 
 
 def _await_end(thread: threading.Thread) -> None:
@@ -358,7 +359,7 @@ def _find_origin(host: str, known: str) -> str:
     """Return scheme and host by which a browser came here, so that links lead it to the other ports the same way."""
     try:
         name = re.sub(r":\d*$", "", host) if not host.endswith("]") else host
-        return pages.make_origin(known.partition(":")[0], check_host(name))
+        return make_origin(known.partition(":")[0], check_host(name))
     except ValueError:
         return known
 

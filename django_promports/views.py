@@ -16,11 +16,11 @@ from django.urls import NoReverseMatch, reverse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from django_promports import pages
 from django_promports.conf import conf
 from django_promports.discovery import find_targets, look
 from django_promports.endpoint import is_authorized
 from django_promports.loop import Loop
+from django_promports.page import html
 
 
 @login_not_required
@@ -64,4 +64,4 @@ def _is_staff(user: Any) -> bool:
 
 def _draw(request: HttpRequest) -> HttpResponse:
     with contextlib.closing(Loop()) as loop:
-        return HttpResponse(pages.render(loop.complete(look(loop))), headers=dict(pages.HEADERS))
+        return HttpResponse(html.render(loop.complete(look(loop))), headers=dict(html.HEADERS))

@@ -21,7 +21,7 @@ from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
-from django_promports.pages import Look
+from django_promports.page.look import Look
 from django_promports.values import Book
 from tests.servers import ROOT
 

@@ -13,7 +13,7 @@ from django_promports import activity as activity_module
 from django_promports.activity import KEPT_SECONDS, LATENCY, REQUESTS, SAMPLE_SECONDS, Activity
 from django_promports.ledger import Ledger
 from django_promports.loop import Loop, Steps
-from django_promports.pages import measure_all
+from django_promports.page.rates import measure_all
 from django_promports.values import Book
 from tests.servers import SECONDS
 

@@ -27,9 +27,11 @@ from selenium.common import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from django_promports import pages, views
+from django_promports import views
 from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS, Sample
-from django_promports.pages import Look, Rate, Worker
+from django_promports.page import html, look, rates
+from django_promports.page.look import Look, Worker
+from django_promports.page.rates import Rate
 from django_promports.targets import Answer, count_samples
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
 from tests.commands import answering, run_python
@@ -42,7 +44,7 @@ STEADY = [Sample(ago, (60.0 - ago) * 7, (60.0 - ago) * 7, (60.0 - ago) * 0.07) f
 
 
 def render(found: Look, own: Mapping[str, object] | None = None) -> bytes:
-    return pages.encode(pages.draw(found, own))
+    return html.encode(html.draw(found, own))
 
 
 class Elements(HTMLParser):
@@ -74,7 +76,7 @@ def find(*workers: Worker, project: str = "site", waiting: int = 0, origin: str 
 
 
 def live(**about: Any) -> Worker:
-    return pages.read(19100, Answer("live", {**ABOUT, **about}))
+    return look.read(19100, Answer("live", {**ABOUT, **about}))
 
 
 @hypothesis(deadline=None)
@@ -154,7 +156,7 @@ def test_each_target_has_its_numbers_in_a_row() -> None:
 def test_what_is_not_known_is_a_dash() -> None:
     said = Elements(render(find(live())))
 
-    assert said.text.count(pages.NOTHING) == 5
+    assert said.text.count(html.NOTHING) == 5
     assert "svg" not in said.names()
 
 
@@ -164,10 +166,10 @@ def test_what_is_not_known_is_a_dash() -> None:
 def test_a_state_is_told_by_word_and_shape_and_with_its_reason(state: str, reason: str) -> None:
     said = Elements(render(find(Worker(19100, state, reason)))).text
 
-    assert f"{pages.STATES[state][0]} {state}" in said
+    assert f"{html.STATES[state][0]} {state}" in said
     assert reason in said
     assert ("is the server running" in said) == (state == "other")  # a silent one may be a worker that hangs
-    assert len({shape for shape, _ in pages.STATES.values()}) == len(pages.STATES)
+    assert len({shape for shape, _ in html.STATES.values()}) == len(html.STATES)
 
 
 def test_processes_that_wait_and_workers_that_are_missing_are_told() -> None:
@@ -187,7 +189,7 @@ def test_the_page_fetches_nothing_and_its_policy_allows_nothing_else() -> None:
     assert {link for tag, a in elements.tags if tag == "link" for link in [a["href"]]} == {"data:,"}
     assert not re.search(rb"url\(|@import|xlink", page)
     assert set(re.findall(rb"https?://[^/\"]*", page)) == {b"http://web1:19100"}
-    assert "default-src 'none'" in dict(pages.HEADERS)["Content-Security-Policy"]
+    assert "default-src 'none'" in dict(html.HEADERS)["Content-Security-Policy"]
 
 
 def test_table_and_plots_speak_to_who_cannot_see_them() -> None:
@@ -213,19 +215,19 @@ def test_links_are_left_out_where_a_browser_would_be_refused() -> None:
 def test_rates_are_differences_within_one_process() -> None:
     samples = [Sample(ago, 1e6 + requests, 1e6 + requests, 5e3 + requests / 4) for ago, requests in ((20, 0), (8, 60))]
 
-    assert pages.measure(*samples) == Rate(20, 8, 5.0, 5.0, 0.25)
-    assert pages.measure_now(samples) == Rate(20, 8, 5.0, 5.0, 0.25)
-    assert pages.measure_now(samples[:1]) is None
-    assert pages.measure_now([]) is None
-    assert pages.measure(samples[1]._replace(ago=20), samples[0]._replace(ago=8)) is None  # the counter was reset
-    idle = pages.measure(samples[0], samples[0]._replace(ago=0))
+    assert rates.measure(*samples) == Rate(20, 8, 5.0, 5.0, 0.25)
+    assert rates.measure_now(samples) == Rate(20, 8, 5.0, 5.0, 0.25)
+    assert rates.measure_now(samples[:1]) is None
+    assert rates.measure_now([]) is None
+    assert rates.measure(samples[1]._replace(ago=20), samples[0]._replace(ago=8)) is None  # the counter was reset
+    idle = rates.measure(samples[0], samples[0]._replace(ago=0))
     assert idle == Rate(20, 0, 0.0, 0.0, None)
 
 
 def test_the_workers_add_up_and_who_answers_more_weighs_more() -> None:
     many = [[Rate(60, 0, 30.0, 30.0, 0.1)], [Rate(30, 0, 12.0, 10.0, 0.5)], [Rate(60, 0, 0.0, 0.0, None)]]
 
-    total = pages.add_up(many)
+    total = rates.add_up(many)
 
     assert total[0] == Rate(60, 55, 30.0, 30.0, 0.1)
     assert total[-1].requests == 42
@@ -274,7 +276,7 @@ def test_staff_is_shown_the_page_and_nobody_keeps_it(settings: Settings, free_po
     assert f"{len(free_ports)} of {len(free_ports)} ports free" in answer.content.decode()
     assert answer["Content-Type"] == "text/html; charset=utf-8"
     assert "no-store" in answer["Cache-Control"]
-    assert dict(pages.HEADERS).items() <= dict(answer.items()).items() | {("Cache-Control", "no-store")}
+    assert dict(html.HEADERS).items() <= dict(answer.items()).items() | {("Cache-Control", "no-store")}
 
 
 def test_a_site_without_users_says_so() -> None:

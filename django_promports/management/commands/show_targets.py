@@ -19,7 +19,7 @@ from django_promports import targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
-from django_promports.pages import format_duration
+from django_promports.page.html import format_duration
 from django_promports.ports import count_waiting, format_ports, format_waiting
 from django_promports.stopping import parse_seconds, stop_signals
 

@@ -1,0 +1,100 @@
+"""The core counts, renders and serves where Django cannot be imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.servers import ROOT
+
+# What reads the settings, answers the framework's hooks, or is a command.
+DJANGO_FACE = {"apps", "checks", "conf", "discovery", "urls", "views", "worker"}
+WITHOUT_DJANGO = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("django", "django_prometheus"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+SERVE = """
+import urllib.request
+from importlib import import_module
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter
+
+folder, first, last, *modules = sys.argv[1:]
+for module in modules:
+    import_module(f"django_promports.{module}")
+
+from django_promports import ports
+from django_promports.activity import Activity
+from django_promports.endpoint import Endpoint
+from django_promports.exposition import Exposition
+from django_promports.ledger import Ledger
+from django_promports.values import Book
+
+def serve(count):
+    registry = CollectorRegistry()
+    claim = ports.claim("127.0.0.1", range(int(first), int(last) + 1))
+    book = Book(registry)
+    book.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
+    Counter("pieces", "Work done.", ["who"], registry=registry).labels("me").inc(count)
+    endpoint = Endpoint(
+        claim.listener,
+        about=lambda: {},
+        find_targets=lambda loop: iter(()),
+        look=lambda loop: iter(()),
+        exposition=Exposition(book),
+        activity=Activity(registry),
+    )
+    endpoint.start()
+    with urllib.request.urlopen(f"http://127.0.0.1:{claim.port}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    endpoint.pause()
+    book.close()
+    endpoint.stop()
+    return next(line for line in lines if line.startswith("pieces_total"))
+
+print(serve(3))
+print(serve(4))
+assert not any(name.partition(".")[0] == "django" for name in sys.modules)
+"""
+
+
+def test_the_core_counts_renders_and_serves_a_registry_where_django_cannot_be_imported(
+    free_ports: range, tmp_path: Path
+) -> None:
+    package = ROOT / "django_promports"
+    files = [*package.glob("*.py"), *(path for sub in ("page", "scrape") for path in package.glob(f"{sub}/*.py"))]
+    names = {".".join(path.relative_to(package).with_suffix("").parts) for path in files}
+    core = sorted(name for name in names if name not in {*DJANGO_FACE, "__init__"} and not name.endswith("__init__"))
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DJANGO + SERVE, tmp_path, str(free_ports[0]), str(free_ports[-1]), *core],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ['pieces_total{who="me"} 3.0', 'pieces_total{who="me"} 7.0']
+
+
+def test_what_needs_django_says_so_when_it_is_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_DJANGO}\nimport django_promports\ndjango_promports.start()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert "ModuleNotFoundError: No module named 'django" in done.stderr
