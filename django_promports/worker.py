@@ -26,16 +26,16 @@ from typing import Any
 
 from django.core import checks as django_checks
 from django.core.signals import request_started
-from prometheus_client import Gauge
 
 from django_promports import pages, ports, targets
 from django_promports.activity import Activity
-from django_promports.checks import LEDGER_FOLDER, check_settings
+from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.loop import READ, Loop, Steps
+from django_promports.own import own_metrics
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
@@ -52,9 +52,6 @@ STEP_DOWN_SECONDS = 2.0
 PATIENCE_SECONDS = 5.0
 MAX_PATIENCE_SECONDS = 30.0
 SETTLED_SECONDS = 5.0
-
-PORT = Gauge("promports_port", "The port that this process holds.")
-WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
 
 
 class _Undecided(Exception):
@@ -211,7 +208,10 @@ def _is_usable(process: _Process) -> bool:
     if process.broken:
         return False
     for message in check_settings():
-        if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
+        if message.id == PLATFORM:
+            logger.info("%s (%s)", message.msg, message.id)
+            process.broken = True
+        elif message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
             logger.error("%s %s This process serves no metrics. (%s)", message.msg, message.hint, message.id)
             process.broken = True
     return not process.broken
@@ -247,8 +247,8 @@ def _serve(process: _Process, *, waited: float) -> None:
         _book.close()
         claim.listener.close()
         raise
-    PORT.set(claim.port)
-    WAITING.set_function(lambda: ports.count_waiting(port_range))
+    own_metrics().port.set(claim.port)
+    own_metrics().waiting.set_function(lambda: ports.count_waiting(port_range))
     if not process.is_worker and (door := ports.open_door()):
         endpoint.hold(_await_child(process, door), door)
     endpoint.start()
@@ -264,7 +264,10 @@ def _claim_with_ledger(
     address = conf.PROMPORTS_ADDRESS
     process.unsaid = ""
     if folder is None:
-        return ports.claim(address, port_range), None
+        claim = ports.claim(address, port_range)
+        if conf.no_ledger_dir:
+            _tell_in_memory(process, conf.no_ledger_dir)
+        return claim, None
     passed: list[ports.Claim] = []
     try:
         while True:
@@ -288,12 +291,16 @@ def _claim_with_ledger(
     finally:
         for other in passed:
             other.listener.close()
+    _tell_in_memory(process, reason)
+    return claim, None
+
+
+def _tell_in_memory(process: _Process, reason: str) -> None:
     said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
     if os.geteuid() == 0 and not process.is_worker:  # a master of root's may have workers of the folder's user
         process.unsaid = said
     else:
         logger.error(said)
-    return claim, None
 
 
 def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
