@@ -197,10 +197,7 @@ class Loop:
     def close(self) -> None:
         """Drop every conversation and close every descriptor. In a forked child this leaves the parent's untouched."""
         # First: deregistering from an inherited epoll would deregister the parent's sockets.
-        try:
-            self._selector.close()
-        except OSError:  # a kqueue is closed by the fork itself, and Python did not know that before 3.11.7 and 3.12.1
-            pass
+        self._selector.close()
         for conversation in list(self._conversations):
             conversation.waiting_on = None
             conversation.close()
