@@ -155,11 +155,16 @@ def test_on_macos_a_forked_helper_lets_go_of_the_port(free_ports: range, macos: 
 import os, sys, django, django_promports
 django.setup()
 port = django_promports.start()
+ready, stay = os.pipe(), os.pipe()
 if os.fork() == 0:
-    sys.stdin.read()
+    os.write(ready[1], b".")
+    os.read(stay[0], 1)
     os._exit(0)
+os.read(ready[0], 1)
 django_promports.stop()
-print(django_promports.start() == port, flush=True)
+print(django_promports.start() == port)
+os.write(stay[1], b".")
+os.wait()
 """
     done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", **macos)
 
