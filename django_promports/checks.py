@@ -23,6 +23,7 @@ TAG = "promports"
 LEDGER_FOLDER = "promports.E012"
 # The one warning with which it does not.
 PLATFORM = "promports.W006"
+REQUESTS = "promports.W007"
 # File systems in memory; writing to a mapped file on any other waits for the disk now and then.
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 KERNEL = Path("/proc/sys/net/ipv4")
@@ -205,8 +206,8 @@ def _check_requests() -> Iterator[checks.CheckMessage]:
         f"django-prometheus is not set up: {missing}.",
         hint='Install it with `pip install "django-promports[django-prometheus]"`, then add the app and its two '
         "middleware classes to the settings. If the site wants only the metrics that it makes itself, set "
-        "SILENCED_SYSTEM_CHECKS = ['promports.W007'].",
-        id="promports.W007",
+        f"SILENCED_SYSTEM_CHECKS = ['{REQUESTS}'].",
+        id=REQUESTS,
     )
 
 
