@@ -60,7 +60,7 @@ for _ in range(2):
 """
     env = write_site(tmp_path)
 
-    done = run_python(code, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[-1]}", **env)
+    done = run_python(code, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[-1]}", seconds=60, **env)
 
     assert done.returncode == 0, done.stderr
     before, after, again = map(int, done.stdout.split())

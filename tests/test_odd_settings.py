@@ -43,7 +43,7 @@ class Hostile:
     def _raise(self, *arguments: object) -> Any:
         raise RuntimeError("not today")
 
-    __repr__ = __str__ = __bool__ = __len__ = __iter__ = __getitem__ = __fspath__ = __hash__ = __eq__ = _raise  # type: ignore[assignment]
+    __repr__ = __str__ = __bool__ = __len__ = __iter__ = __getitem__ = __fspath__ = __hash__ = __eq__ = _raise
     __int__ = __index__ = __float__ = __contains__ = __call__ = __lt__ = __format__ = _raise
 
 

@@ -166,7 +166,7 @@ print(django_promports.start() == port)
 os.write(stay[1], b".")
 os.wait()
 """
-    done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", **macos)
+    done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", seconds=60, **macos)
 
     assert done.stdout == "True\n", done.stderr
     assert "ERROR" not in done.stderr
@@ -266,7 +266,7 @@ print(sys.platform, django_promports.start(), django_promports.start(), django_p
 django_promports.stop()
 print(threading.active_count())
 """
-    done = run_python(code, **windows)
+    done = run_python(code, seconds=60, **windows)
 
     assert done.stdout == "win32 None None None\n1\n", done.stderr
     assert done.stderr.count("Metrics are served on Unix only") == 1
