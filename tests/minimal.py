@@ -1,4 +1,4 @@
-"""A site with nothing in it but django_promports: no django-prometheus, no database file, no metrics of its own."""
+"""A site with nothing in it but django_promports: no database file, no metrics, and django-prometheus if asked."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ LOGGING = {
 }
 urlpatterns = [path("", lambda request: HttpResponse())]
 """
+# The same site with django-prometheus.
+COUNTED = """
+from minimal import *
+
+INSTALLED_APPS += ["django_prometheus"]
+MIDDLEWARE = [
+    "django_prometheus.middleware.PrometheusBeforeMiddleware",
+    "django_prometheus.middleware.PrometheusAfterMiddleware",
+]
+"""
 WSGI = """
 from django.core.wsgi import get_wsgi_application
 
@@ -50,12 +60,14 @@ class Test(SimpleTestCase):
 """
 
 
-def write_site(folder: Path) -> dict[str, str]:
-    """Write the site to the folder; return the environment that it needs."""
+def write_site(folder: Path, *, counted: bool = False) -> dict[str, str]:
+    """Write the site to the folder; return the environment that it needs. counted: with django-prometheus."""
     (folder / "minimal.py").write_text(SETTINGS)
+    (folder / "counted.py").write_text(COUNTED)
     (folder / "minimal_wsgi.py").write_text(WSGI)
     (folder / "minimal_tests.py").write_text(TESTS)
-    return {"PYTHONPATH": f"{folder}:{ROOT}", "DJANGO_SETTINGS_MODULE": "minimal", "PYTHONUNBUFFERED": "1"}
+    module = "counted" if counted else "minimal"
+    return {"PYTHONPATH": f"{folder}:{ROOT}", "DJANGO_SETTINGS_MODULE": module, "PYTHONUNBUFFERED": "1"}
 
 
 def django_admin(*arguments: str, wrapper: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:

@@ -359,13 +359,13 @@ BEFORE, AFTER = (f"django_prometheus.middleware.Prometheus{name}Middleware" for 
 def test_a_site_whose_requests_are_not_counted_is_told_what_is_missing(
     changes: str, missing: str, tmp_path: Path
 ) -> None:
-    env = {**write_site(tmp_path), "DJANGO_SETTINGS_MODULE": "counted"}
+    env = {**write_site(tmp_path), "DJANGO_SETTINGS_MODULE": "changed"}
     (tmp_path / "labelled.py").write_text(
         "from django_prometheus.middleware import PrometheusAfterMiddleware\n\n"
         "class Middleware(PrometheusAfterMiddleware): pass\n"
     )
     lines = ["from minimal import *", "INSTALLED_APPS += ['django_prometheus']", changes]
-    (tmp_path / "counted.py").write_text("\n".join(lines))
+    (tmp_path / "changed.py").write_text("\n".join(lines))
 
     check = django_admin("check", MINIMAL_LEDGER_DIR="", **env)
 

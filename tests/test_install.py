@@ -108,15 +108,7 @@ def test_an_installation_leaves_django_6_1_as_it_is(
     before = environment.version("django")
     site = tmp_path / "site"
     site.mkdir()
-    env = {**write_site(site), "PYTHONPATH": str(site), "MINIMAL_LEDGER_DIR": ""}
-    if counted:
-        (site / "counted.py").write_text(
-            "from minimal import *\n"
-            "INSTALLED_APPS += ['django_prometheus']\n"
-            "MIDDLEWARE = ['django_prometheus.middleware.PrometheusBeforeMiddleware',\n"
-            "    'django_prometheus.middleware.PrometheusAfterMiddleware']\n"
-        )
-        env["DJANGO_SETTINGS_MODULE"] = "counted"
+    env = {**write_site(site, counted=counted), "PYTHONPATH": str(site), "MINIMAL_LEDGER_DIR": ""}
 
     environment.pip("install", *requirements, PIP_FIND_LINKS=str(wheels))
     check = environment.run("-m", "django", "check", **env)

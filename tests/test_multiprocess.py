@@ -41,6 +41,22 @@ def test_the_site_serves_and_the_log_and_the_check_name_the_variable(
     assert "Traceback" not in check.stderr
 
 
+def test_with_django_prometheus_too_the_cause_is_named(free_ports: range, tmp_path: Path) -> None:
+    # Its middleware makes metrics as it is loaded, so nothing of ours can keep the worker from failing to boot.
+    env = {**write_site(tmp_path, counted=True), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+
+    check = django_admin("check", **env)
+    with serve_site(tmp_path, free_ports, **env) as site:
+        site.child.wait_until(lambda: site.child.process.poll() is not None, "gunicorn ends")
+
+        output = site.child.output()
+
+    assert check.returncode == 1
+    assert check.stderr.count("promports.") == check.stderr.count("promports.E003") == 1
+    assert "Traceback" not in check.stderr
+    assert "ERROR django_promports PROMETHEUS_MULTIPROC_DIR is set" in output.partition("Traceback")[0]
+
+
 def test_no_metric_of_the_package_is_made_before_the_process_serves(free_ports: range, tmp_path: Path) -> None:
     code = """
 import importlib, pkgutil, django, django_promports

@@ -48,12 +48,15 @@ class Machine(NamedTuple):
     env: dict[str, str]
 
 
-@pytest.fixture(params=["usual", "odd"])
-def environment(request: pytest.FixtureRequest) -> dict[str, str]:
-    """The variables that name folders: as they are, or naming what is not there."""
-    if request.param == "usual":
-        return {}
-    return {"TMPDIR": "/nonexistent/\\udcff", "TEMP": "relative", "TMP": "", "HOME": "/nonexistent"}
+# The variables that name folders, naming what is not there.
+ODD = {"TMPDIR": "/nonexistent/\\udcff", "TEMP": "relative", "TMP": "", "HOME": "/nonexistent"}
+# The setting, whether the check and the workers have something to say, and the environment.
+FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
+    "unset": (None, True, {}),
+    "unset-odd": (None, True, ODD),
+    "none": ("", False, ODD),
+    "set": ("{shm}/ledgers", False, ODD),
+}
 
 
 @pytest.fixture
@@ -80,16 +83,12 @@ def read_only(tmp_path: Path, environment: dict[str, str], *, shm: bool) -> Mach
     return Machine([], {**env, "PYTHONPATH": f"{folder}:{env['PYTHONPATH']}"})
 
 
-# The setting, whether the check says something, and whether workers count in memory because they have to.
-FOLDERS = {"unset": (None, True), "none": ("", False), "set": ("/dev/shm/nowhere/ledgers", False)}
-
-
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_commands_work(kind: str, environment: dict[str, str], tmp_path: Path) -> None:
-    setting, told = FOLDERS[kind]
+def test_commands_work(kind: str, tmp_path: Path) -> None:
+    setting, told, environment = FOLDERS[kind]
     wrapper, env = read_only(tmp_path, environment, shm=False)
     if setting is not None:
-        env["MINIMAL_LEDGER_DIR"] = setting
+        env["MINIMAL_LEDGER_DIR"] = setting.format(shm="/dev/shm/nowhere")
     commands = [["check"], ["check", "--deploy", "--tag", "promports"], ["migrate"], ["test", "minimal_tests"]]
     commands += [["export_targets"], ["export_targets", "--live"], ["show_targets"], ["shell", "-c", "print(1)"]]
 
@@ -109,13 +108,13 @@ def test_commands_work(kind: str, environment: dict[str, str], tmp_path: Path) -
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no-preload", "preload"])
 def test_workers_serve_metrics_and_say_once_that_they_count_in_memory(
-    preload: list[str], kind: str, environment: dict[str, str], free_ports: range, tmp_path: Path, shm: Path
+    preload: list[str], kind: str, free_ports: range, tmp_path: Path, shm: Path
 ) -> None:
     # gunicorn itself needs one folder, for the heartbeats of its workers.
-    setting, told = FOLDERS[kind]
+    setting, told, environment = FOLDERS[kind]
     wrapper, env = read_only(tmp_path, environment, shm=True)
     if setting is not None:
-        env["MINIMAL_LEDGER_DIR"] = setting and f"{shm}/ledgers"
+        env["MINIMAL_LEDGER_DIR"] = setting.format(shm=shm)
 
     options = ["--worker-tmp-dir", str(shm), *preload]
     with serve_site(tmp_path, free_ports, *options, wrapper=wrapper, **env) as site:
