@@ -249,7 +249,7 @@ def _has_middleware(name: str) -> bool:
     for other in conf.middleware:
         try:
             candidate, wanted = import_string(other), import_string(path)
-        except ImportError:  # the server says so
+        except Exception:  # whatever it is, the server says so when it loads the middleware
             continue
         if isinstance(candidate, type) and issubclass(candidate, wanted):
             return True
