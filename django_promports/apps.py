@@ -14,5 +14,6 @@ class PromportsConfig(AppConfig):
 
     def ready(self) -> None:
         django_checks.register(checks.check_settings, checks.TAG)
+        django_checks.register(checks.check_requests, checks.TAG)
         django_checks.register(checks.check_deployment, checks.TAG, deploy=True)
         worker.on_ready()

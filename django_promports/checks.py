@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from django.apps import apps
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
 
-from django_promports import ledger
-from django_promports.conf import WILDCARDS, conf
+from django_promports import ledger, unix
+from django_promports.conf import WILDCARDS, conf, show
 from django_promports.ports import format_ports
 
 TAG = "promports"
 # The one error with which a worker serves its metrics all the same.
 LEDGER_FOLDER = "promports.E012"
+# The one warning with which it does not.
+PLATFORM = "promports.W006"
+REQUESTS = "promports.W007"
 # File systems in memory; writing to a mapped file on any other waits for the disk now and then.
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 KERNEL = Path("/proc/sys/net/ipv4")
+# What counts a site's requests, in this order.
+MIDDLEWARE = ("PrometheusBeforeMiddleware", "PrometheusAfterMiddleware")
 
 # Each setting that may be unusable: how to read it, the id of its check, what to do.
 READERS: list[tuple[str, Callable[[], object], str]] = [
@@ -46,12 +54,42 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
 
 def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
     """Say what is wrong with the settings and what would count twice."""
-    return [*_check_values(), *_check_ports(), *_check_rivals(), *_check_uwsgi(), *_check_ledgers()]
+    if not unix.SUPPORTED:
+        return [
+            checks.Warning(
+                "Metrics are served on Unix only: no process of this site claims a port.",
+                hint="Run the site in WSL or in a container to see its metrics. Elsewhere it works without.",
+                id=PLATFORM,
+            )
+        ]
+    return _carry_out(_check_values, _check_ports, _check_rivals, _check_uwsgi, _check_ledgers)
+
+
+def check_requests(**kwargs: Any) -> list[checks.CheckMessage]:
+    """Say when requests are not counted. No worker needs to know: it would only repeat it."""
+    return _carry_out(_check_requests) if unix.SUPPORTED else []
 
 
 def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
     """With `check --deploy`, say when anybody can read the metrics, and when counting may wait for a disk."""
-    return [*_check_exposure(), *_check_file_system()]
+    return _carry_out(_check_exposure, _check_file_system) if unix.SUPPORTED else []
+
+
+def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[checks.CheckMessage]:
+    """Return the messages of some checks. One that raises would end every command, so that is a message too."""
+    messages: list[checks.CheckMessage] = []
+    for part in parts:
+        try:
+            messages += part()
+        except Exception as error:
+            messages.append(
+                checks.Warning(
+                    f"django_promports could not check everything: {part.__name__}() raised {show(error)}.",
+                    hint="Correct the setting or the environment variable that the error is about.",
+                    id="promports.W008",
+                )
+            )
+    return messages
 
 
 def _check_file_system() -> list[checks.CheckMessage]:
@@ -135,9 +173,9 @@ def _check_rivals() -> Iterator[checks.CheckMessage]:
         name = "PROMETHEUS_METRICS_EXPORT_PORT" + ("_RANGE" if old_range else "")
         # A range and a list are written as they are; any other iterable would be read away.
         ports = old_range if isinstance(old_range, range | list | tuple) else range(19100, 19132)
-        replacement = f"PROMPORTS_PORT_RANGE = {ports!r}"
+        replacement = f"PROMPORTS_PORT_RANGE = {show(ports)}"
         if address := conf.django_prometheus("ADDRESS"):
-            replacement += f" and PROMPORTS_ADDRESS = {address!r}"
+            replacement += f" and PROMPORTS_ADDRESS = {show(address)}"
         yield checks.Error(
             f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",
             hint=f"Remove {name} and write {replacement} instead.",
@@ -155,11 +193,35 @@ def _check_uwsgi() -> Iterator[checks.CheckMessage]:
         )
 
 
+def _check_requests() -> Iterator[checks.CheckMessage]:
+    if find_spec("django_prometheus") is None:
+        missing = "the package is not installed, so requests are not counted"
+    elif absent := [name for name in MIDDLEWARE if not _has_middleware(name)]:
+        missing = f"MIDDLEWARE does not have {' and '.join(absent)}, so requests are not counted"
+    elif not apps.is_installed("django_prometheus"):
+        missing = "INSTALLED_APPS does not have 'django_prometheus'"
+    else:
+        return
+    yield checks.Warning(
+        f"django-prometheus is not set up: {missing}.",
+        hint='Install it with `pip install "django-promports[django-prometheus]"`, then add the app and its two '
+        "middleware classes to the settings. If the site wants only the metrics that it makes itself, set "
+        f"SILENCED_SYSTEM_CHECKS = ['{REQUESTS}'].",
+        id=REQUESTS,
+    )
+
+
 def _check_ledgers() -> Iterator[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
         if folder is not None:
             ledger.check_folder(folder)
+        elif conf.no_ledger_dir:
+            yield checks.Warning(
+                f"{conf.no_ledger_dir}. Workers count in memory, and lose counts when they end.",
+                hint="Set PROMPORTS_LEDGER_DIR to a folder on tmpfs, like '/run/shop', or to None.",
+                id="promports.W005",
+            )
     except FileNotFoundError:
         pass  # the first worker makes it
     except ImproperlyConfigured:
@@ -179,8 +241,24 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
         )
 
 
+def _has_middleware(name: str) -> bool:
+    """Return whether the site has this middleware of django-prometheus, or a class that inherits from it."""
+    path = f"django_prometheus.middleware.{name}"
+    if path in conf.middleware:
+        return True
+    for other in conf.middleware:
+        try:
+            candidate, wanted = import_string(other), import_string(path)
+        except Exception:  # whatever it is, the server says so when it loads the middleware
+            continue
+        if isinstance(candidate, type) and issubclass(candidate, wanted):
+            return True
+    return False
+
+
 def _kernel_numbers(name: str, default: list[int]) -> list[int]:
     try:
-        return [int(number) for number in (KERNEL / name).read_text().split()]
+        numbers = [int(number) for number in (KERNEL / name).read_text().split()]
     except (OSError, ValueError):
         return default
+    return numbers if len(numbers) == len(default) else default

@@ -39,11 +39,16 @@ class Undecided(Exception):
 
 
 class Terms(NamedTuple):
-    """What the settings say of a claim. folder: of the ledgers; None: count in memory. site: whose ledgers they are."""
+    """What the settings say of a claim.
+
+    folder: of the ledgers; None: count in memory. no_folder: why there is none, if that was not asked for. site: whose
+    ledgers they are.
+    """
 
     address: str
     ports: Sequence[int]
     folder: Path | None
+    no_folder: str
     site: str
 
 
@@ -156,7 +161,10 @@ class Holder:
         folder = terms.folder
         self._unsaid = ""
         if folder is None:
-            return ports.claim(terms.address, terms.ports), None
+            claim = ports.claim(terms.address, terms.ports)
+            if terms.no_folder:
+                self._tell_in_memory(terms.no_folder)
+            return claim, None
         passed: list[ports.Claim] = []
         try:
             while True:

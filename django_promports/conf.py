@@ -10,77 +10,72 @@ import re
 import socket
 import ssl
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
+from django_promports import unix
 from django_promports.ports import check_address, parse_ports
 from django_promports.targets import Site, check_host, check_label, client_tls
 
 T = TypeVar("T")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+# Characters of a value in a message: a setting may hold a list of a million.
+MAX_SHOWN = 200
+
+
+MISSING = object()
 
 
 class Conf:
     @property
     def PROMPORTS_ENABLED(self) -> bool:
-        return self._typed("PROMPORTS_ENABLED", bool, True)
+        return self._read("PROMPORTS_ENABLED", _instance(bool), lambda: True)
 
     @property
     def PROMPORTS_PORT_RANGE(self) -> tuple[int, ...]:
-        value = getattr(settings, "PROMPORTS_PORT_RANGE", range(19100, 19132))
-        try:
-            return parse_ports(value)
-        except ValueError as error:
-            raise _unusable("PROMPORTS_PORT_RANGE", value, error) from None
+        return self._read("PROMPORTS_PORT_RANGE", parse_ports, lambda: range(19100, 19132))
 
     @property
     def PROMPORTS_ADDRESS(self) -> str:
-        value = self._typed("PROMPORTS_ADDRESS", str, "127.0.0.1")
-        try:
-            check_address(value)
-        except ValueError as error:
-            raise _unusable("PROMPORTS_ADDRESS", value, error) from None
-        except OSError as error:
-            reason = f"this machine cannot bind it ({error.strerror})"
-            raise _unusable("PROMPORTS_ADDRESS", value, reason) from None
-        return value
+        return self._read("PROMPORTS_ADDRESS", _parse_address, lambda: "127.0.0.1")
 
     @property
     def PROMPORTS_CREATED_SERIES(self) -> bool:
-        return self._typed("PROMPORTS_CREATED_SERIES", bool, True)
+        return self._read("PROMPORTS_CREATED_SERIES", _instance(bool), lambda: True)
 
     @property
     def PROMPORTS_LEDGER_DIR(self) -> Path | None:
-        default = Path(tempfile.gettempdir(), f"django_promports-{os.geteuid()}-{self.project}")
-        value = getattr(settings, "PROMPORTS_LEDGER_DIR", default)
-        if value is None:
+        """None: count in memory. no_ledger_dir says why, unless the setting does."""
+        if not unix.SUPPORTED:
             return None
-        if not isinstance(value, str | os.PathLike) or not Path(value).is_absolute():
-            raise _unusable("PROMPORTS_LEDGER_DIR", value, "it is no absolute path")
-        return Path(value)
+        return self._read("PROMPORTS_LEDGER_DIR", _parse_folder, self._default_ledger_dir)
+
+    @property
+    def no_ledger_dir(self) -> str:
+        """Why there is no default for PROMPORTS_LEDGER_DIR; empty if there is one, or none is needed."""
+        if hasattr(settings, "PROMPORTS_LEDGER_DIR"):
+            return ""
+        try:
+            tempfile.gettempdir()
+        except OSError as error:
+            return f"PROMPORTS_LEDGER_DIR is not set, and there is no default for it ({error.strerror})"
+        return ""
 
     @property
     def PROMPORTS_TARGET_HOST(self) -> str:
-        address = self.PROMPORTS_ADDRESS
-        default = socket.gethostname() if address in WILDCARDS else address
-        value = self._typed("PROMPORTS_TARGET_HOST", str, default)
-        try:
-            return check_host(value)
-        except ValueError as error:
-            raise _unusable("PROMPORTS_TARGET_HOST", value, error) from None
+        def default() -> str:
+            address = self.PROMPORTS_ADDRESS
+            return socket.gethostname() if address in WILDCARDS else address
+
+        return self._read("PROMPORTS_TARGET_HOST", lambda value: check_host(_instance(str)(value)), default)
 
     @property
     def PROMPORTS_TARGET_LABELS(self) -> dict[str, str]:
-        labels: dict[str, str] = self._typed("PROMPORTS_TARGET_LABELS", dict, {})
-        try:
-            for name, value in labels.items():
-                check_label(name, value)
-        except ValueError as error:
-            raise _unusable("PROMPORTS_TARGET_LABELS", labels, error) from None
-        return labels
+        return self._read("PROMPORTS_TARGET_LABELS", _parse_labels, dict)
 
     @property
     def PROMPORTS_TLS_CERTFILE(self) -> str | None:
@@ -103,6 +98,11 @@ class Conf:
         return getattr(settings, f"PROMETHEUS_METRICS_EXPORT_{name}", None)
 
     @property
+    def middleware(self) -> list[str]:
+        """The dotted paths of the site's middleware."""
+        return list(settings.MIDDLEWARE)
+
+    @property
     def metric_namespace(self) -> str:
         """What the names of django-prometheus' metrics begin with, if anything."""
         return str(getattr(settings, "PROMETHEUS_METRIC_NAMESPACE", "") or "")
@@ -110,7 +110,7 @@ class Conf:
     @property
     def project(self) -> str:
         """The name that tells the endpoints of this site from those of another on the same machine."""
-        return settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django"
+        return str(settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django")
 
     @property
     def slug(self) -> str:
@@ -141,9 +141,9 @@ class Conf:
         try:
             token = Path(path).read_text(encoding="ascii").strip()
         except (OSError, ValueError) as error:
-            raise _unusable("PROMPORTS_BEARER_TOKEN_FILE", path, error) from None
+            raise unusable("PROMPORTS_BEARER_TOKEN_FILE", path, error) from None
         if not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise _unusable("PROMPORTS_BEARER_TOKEN_FILE", path, "it holds no token of printable ASCII characters")
+            raise unusable("PROMPORTS_BEARER_TOKEN_FILE", path, "it holds no token of printable ASCII characters")
         return token
 
     def server_tls(self) -> ssl.SSLContext | None:
@@ -152,7 +152,7 @@ class Conf:
         if certfile is None:
             for name in ("PROMPORTS_TLS_KEYFILE", "PROMPORTS_TLS_CLIENT_CAFILE"):
                 if (value := self._file(name)) is not None:
-                    raise _unusable(name, value, "PROMPORTS_TLS_CERTFILE is not set")
+                    raise unusable(name, value, "PROMPORTS_TLS_CERTFILE is not set")
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         keyfile = self.PROMPORTS_TLS_KEYFILE
@@ -161,36 +161,99 @@ class Conf:
                 try:
                     Path(value).open("rb").close()
                 except OSError as error:
-                    raise _unusable(name, value, error.strerror) from None
+                    raise unusable(name, value, error.strerror) from None
         try:
             # Without a password OpenSSL would prompt for the one of an encrypted key, and the worker would hang.
             context.load_cert_chain(certfile, keyfile, password="")
         except OSError as error:  # ssl.SSLError is one
             name, value = ("PROMPORTS_TLS_KEYFILE", keyfile) if keyfile else ("PROMPORTS_TLS_CERTFILE", certfile)
-            raise _unusable(name, value, f"PROMPORTS_TLS_CERTFILE and its key are no pair in PEM ({error})") from None
+            raise unusable(name, value, f"PROMPORTS_TLS_CERTFILE and its key are no pair in PEM ({error})") from None
         if cafile is not None:
             try:
                 context.load_verify_locations(cafile)
             except OSError as error:
-                raise _unusable("PROMPORTS_TLS_CLIENT_CAFILE", cafile, error) from None
+                raise unusable("PROMPORTS_TLS_CLIENT_CAFILE", cafile, error) from None
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def _typed(self, name: str, kind: type[T], default: T) -> T:
-        value = getattr(settings, name, default)
-        if not isinstance(value, kind):
-            raise _unusable(name, value, f"it is no {kind.__name__.lower()}")
-        return value
+    def _read(self, name: str, parse: Callable[[Any], T], default: Callable[[], object]) -> T:
+        """Return a setting as `parse` makes it. `default` is asked only where the setting is not there."""
+        value = getattr(settings, name, MISSING)
+        if value is MISSING:
+            value = default()
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise unusable(name, value, error) from None
+        except Exception as error:  # the value may be any object, with methods that raise
+            raise unusable(name, value, show(error)) from None
 
     def _file(self, name: str) -> str | None:
-        value = getattr(settings, name, None)
-        if value is not None and not isinstance(value, str | os.PathLike):
-            raise _unusable(name, value, "it is no path")
-        return None if value is None else os.fspath(value)
+        return self._read(name, _parse_path, lambda: None)
+
+    def _default_ledger_dir(self) -> Path | None:
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:  # no_ledger_dir says so
+            return None
+        name = re.sub(r"[/\0]", "_", self.project)
+        return Path(folder, f"django_promports-{os.geteuid()}-{name}")
 
 
-def _unusable(name: str, value: object, reason: object) -> ImproperlyConfigured:
-    return ImproperlyConfigured(f"{name} is {value!r}, which cannot be used: {reason}.")
+def show(value: object) -> str:
+    """Return what a person may recognise a value by, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = object.__repr__(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def unusable(name: str, value: object, reason: object) -> ImproperlyConfigured:
+    return ImproperlyConfigured(f"{name} is {show(value)}, which cannot be used: {reason}.")
+
+
+def _instance(kind: type[T]) -> Callable[[object], T]:
+    def parse(value: object) -> T:
+        if not isinstance(value, kind):
+            raise ValueError(f"it is not a {kind.__name__}")
+        return value
+
+    return parse
+
+
+def _parse_address(value: object) -> str:
+    address = _instance(str)(value)
+    try:
+        check_address(address)
+    except OSError as error:
+        raise ValueError(f"this machine cannot bind it ({error.strerror})") from None
+    return address
+
+
+def _parse_labels(value: object) -> dict[str, str]:
+    labels = dict(_instance(dict)(value))
+    for name, text in labels.items():
+        check_label(name, text)
+    return labels
+
+
+def _parse_path(value: object) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str):
+        raise ValueError("it is not a path")
+    if b"\0" in os.fsencode(path):  # which raises ValueError for what no file system can store
+        raise ValueError("it contains a null character")
+    return path
+
+
+def _parse_folder(value: object) -> Path | None:
+    path = _parse_path(value)
+    if path is not None and not os.path.isabs(path):
+        raise ValueError("it is not an absolute path")
+    return None if path is None else Path(path)
 
 
 conf = Conf()

@@ -25,11 +25,10 @@ from time import monotonic, perf_counter, sleep
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from prometheus_client import Counter
-
 from django_promports.activity import Activity
 from django_promports.exposition import SLICE_SECONDS, Exposition
 from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
+from django_promports.own import own_metrics
 from django_promports.page import html
 from django_promports.page.look import Look, make_origin
 from django_promports.targets import check_host
@@ -56,17 +55,6 @@ COUNT_PATIENCE_SECONDS = 1.0
 ACCEPT, ACCEPT_ENCODING = "application/openmetrics-text;version=1.0.0", "gzip"
 # Seconds to wait for the thread at stop(): longer than the longest answer takes to make.
 STOP_SECONDS = 10.0
-
-SCRAPES = Counter(
-    "promports_scrapes_total",
-    "Scrapes of this process: served, failed (an error while answering), refused (malformed, unauthorized, too slow "
-    "or one connection too many).",
-    ["outcome"],
-)
-COLLECTOR_FAILURES = Counter(
-    "promports_collector_failures_total", "Times that a collector raised, and its metrics were missing from a scrape."
-)
-SERVED, FAILED, REFUSED = (SCRAPES.labels(outcome) for outcome in ("served", "failed", "refused"))
 
 
 class Response(NamedTuple):
@@ -149,6 +137,7 @@ class Endpoint:
         self._look = look
         self._exposition = exposition
         self._activity = activity
+        self._own = own_metrics()
         self._rendered_at = -COUNT_SECONDS
         self._rendering = False
         self._tls = tls
@@ -247,7 +236,7 @@ class Endpoint:
                 request = Request(head)
                 response = request.error or (yield from self._answer(request))
                 if response.status in (400, 401, 405, 408, 431, 505):
-                    REFUSED.inc()
+                    self._own.refused.inc()
                 yield from send_all(sock, response.encode(with_body=request.command != "HEAD"))
                 # Closing at once would reset the connection if the peer sent more than was read.
                 self._connections[connection] = Stage.ENDING
@@ -259,7 +248,7 @@ class Endpoint:
             logger.debug("A connection to the metrics endpoint broke.", exc_info=True)
         except GeneratorExit:
             if self._connections.get(connection) == Stage.ASKING and not self._stopping:
-                REFUSED.inc()
+                self._own.refused.inc()
             raise
         finally:
             self._connections.pop(connection, None)
@@ -280,7 +269,7 @@ class Endpoint:
             return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
         except Exception as error:
             if request.route == "/metrics":
-                FAILED.inc()
+                self._own.failed.inc()
             if not self._failing:
                 self._failing = True
                 logger.exception("Answering %s failed; it is logged once until it works again.", request.route)
@@ -290,7 +279,7 @@ class Endpoint:
         names = tuple(parse_qs(request.query).get("name[]", ()))
         response = yield from self._render(request.header("Accept"), request.header("Accept-Encoding"), names)
         self._failing = False
-        SERVED.inc()
+        self._own.served.inc()
         return response
 
     def _render(self, accept: str, encoding: str, names: tuple[str, ...] = ()) -> Steps[Response]:
@@ -312,7 +301,7 @@ class Endpoint:
                     yield from self._loop.give_way()
             finally:
                 self._rendering = False
-                COLLECTOR_FAILURES.inc(self._exposition.failures - failures)
+                self._own.collector_failures.inc(self._exposition.failures - failures)
             if not names:
                 self._rendered_at = monotonic()
             (_, content_type), *more = headers

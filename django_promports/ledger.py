@@ -26,8 +26,6 @@ sizes can be verified, and the cells are taken as they are.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -40,6 +38,8 @@ import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from django_promports.unix import lock_file
 
 logger = logging.getLogger("django_promports")
 
@@ -308,7 +308,7 @@ class Ledger:
         if end > CELL_COUNT:
             raise LedgerFull(f"{self.path} is full")
         if end > self._cells_reserved:
-            self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * len(cells), CELLS_AT) // 8
+            self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * len(cells), CELLS_AT, INDEX_AT) // 8
         for position, value in enumerate(cells, first):
             self.cells[position] = value
         self._append(["series", family.number, labelvalues, first])
@@ -329,7 +329,7 @@ class Ledger:
             raise LedgerFull(f"{self.path} is full")
         if end + RECORD.size > self._index_reserved:
             self._index_reserved = INDEX_AT + self._reserve(
-                self._index_end, end + RECORD.size - self._index_end, INDEX_AT
+                self._index_end, end + RECORD.size - self._index_end, INDEX_AT, SIZE
             )
         self._map_[begin : begin + len(payload)] = payload
         # Whatever lies behind it is no record; then it counts as one itself.
@@ -339,11 +339,14 @@ class Ledger:
         LONG.pack_into(self._map_, END_AT, end)
         self._index_end = end
 
-    def _reserve(self, begin: int, length: int, base: int) -> int:
-        """Reserve whole pieces of the file around these bytes and return how far that reaches from `base`."""
-        first = (begin - base) // PIECE * PIECE
+    def _reserve(self, begin: int, length: int, base: int, limit: int) -> int:
+        """Reserve these bytes and the rest of their piece of the area from `base` to `limit`.
+
+        Nothing may be in use from `begin` to `limit`: what lies before in the piece was reserved when it was written.
+        Returns how far the reserved space reaches from `base`.
+        """
         end = -(-(begin - base + length) // PIECE) * PIECE
-        _reserve(self._file, base + first, min(end - first, SIZE - base - first))
+        _reserve(self._file, begin, min(base + end, limit) - begin)
         return end
 
     def _drop_idle(self) -> None:
@@ -444,7 +447,7 @@ def find_filesystem(path: Path) -> str:
     device = path.stat().st_dev
     try:
         # man 5 proc: the third field is the device, the one after " - " the type.
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
             if line.split()[2] == f"{os.major(device)}:{os.minor(device)}":
                 return line.partition(" - ")[2].split()[0]
     except OSError:
@@ -460,7 +463,7 @@ def _open_locked(path: Path) -> int:
             status = os.fstat(file)
             if status.st_uid != os.geteuid() or not stat.S_ISREG(status.st_mode):
                 raise PermissionError(f"{path} is not a file of this user")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file)
             if os.path.samestat(os.stat(path), status):  # else the former holder has just renewed it
                 return file
             os.close(file)
@@ -477,12 +480,17 @@ def _open_locked(path: Path) -> int:
 
 
 def _reserve(file: int, offset: int, length: int) -> None:
+    """Write zeros to bytes of the file that nobody uses yet. Raises LedgerFull.
+
+    posix_fallocate(3) is not everywhere (macOS), is not supported by every file system, and reads and writes back bytes
+    in use where glibc emulates it, which would undo a count of another thread. Zeros reserve space on each of them.
+    """
+    end = offset + length
     try:
-        os.posix_fallocate(file, offset, length)
+        while offset < end:
+            offset += os.pwrite(file, bytes(end - offset), offset)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise LedgerFull(f"no room on the file system of the ledger ({error.strerror})") from None
-        # Otherwise the file system cannot reserve; it has to do without.
+        raise LedgerFull(f"no room on the file system of the ledger ({error.strerror})") from None
 
 
 def _align(length: int) -> int:

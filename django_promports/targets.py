@@ -14,6 +14,7 @@ import re
 import socket
 import ssl
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -235,7 +236,8 @@ def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
+            if sys.platform != "win32":  # which has no such modes
+                os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
             file.writelines(content())
             file.flush()
             os.fsync(file.fileno())
@@ -379,7 +381,7 @@ def _connect(host: str, port: int) -> Steps[socket.socket]:
         try:
             sock.setblocking(False)
             error = sock.connect_ex(address)
-            if error == errno.EINPROGRESS:
+            if error in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # the second on Windows
                 yield sock, WRITE
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             connected = error == 0

@@ -32,17 +32,17 @@ from django.core import checks as django_checks
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
-from prometheus_client import Gauge
 
 from django_promports import ports, targets
 from django_promports.activity import Activity
-from django_promports.checks import LEDGER_FOLDER, check_settings
+from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
 from django_promports.discovery import find_targets, look
 from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import READ, Steps
+from django_promports.own import own_metrics
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
@@ -53,9 +53,6 @@ EXIT_SECONDS = 1.0
 STEP_DOWN_SECONDS = 2.0
 # Whoever builds one of these serves requests, or forks processes that do.
 HANDLERS = (WSGIHandler, ASGIHandler)
-
-PORT = Gauge("promports_port", "The port that this process holds.")
-WAITING = Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range.")
 
 
 def on_ready() -> None:
@@ -70,18 +67,18 @@ def on_ready() -> None:
 
 
 def _watch(handler: Any) -> None:
-    """Call _on_handler() after an object of this class, or of a subclass, was built."""
+    """Call _on_handler() when an object of this class, or of a subclass, is built."""
     build = handler.__init__
     if hasattr(build, "watched_by_promports"):
         return
 
     @wraps(build)
-    def build_and_tell(self: Any, *args: Any, **kwargs: Any) -> None:
+    def tell_and_build(self: Any, *args: Any, **kwargs: Any) -> None:
+        _on_handler()  # first: what is wrong with the settings may keep the middleware from being loaded
         build(self, *args, **kwargs)
-        _on_handler()
 
-    build_and_tell.watched_by_promports = True  # type: ignore[attr-defined]
-    handler.__init__ = build_and_tell
+    tell_and_build.watched_by_promports = True  # type: ignore[attr-defined]
+    handler.__init__ = tell_and_build
 
 
 def _on_handler() -> None:
@@ -194,14 +191,23 @@ def _is_usable(process: Holder) -> bool:
     if process.is_broken:
         return False
     for message in check_settings():
-        if message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
+        if message.id == PLATFORM:
+            logger.info("%s (%s)", message.msg, message.id)
+            process.is_broken = True
+        elif message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
             logger.error("%s %s This process serves no metrics. (%s)", message.msg, message.hint, message.id)
             process.is_broken = True
     return not process.is_broken
 
 
 def _read_terms() -> Terms:
-    return Terms(conf.PROMPORTS_ADDRESS, conf.PROMPORTS_PORT_RANGE, conf.PROMPORTS_LEDGER_DIR, conf.project)
+    return Terms(
+        conf.PROMPORTS_ADDRESS,
+        conf.PROMPORTS_PORT_RANGE,
+        conf.PROMPORTS_LEDGER_DIR,
+        conf.no_ledger_dir,
+        conf.project,
+    )
 
 
 def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
@@ -216,8 +222,8 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
         tls=conf.server_tls(),
         read_token=conf.read_token,
     )
-    PORT.set(claim.port)
-    WAITING.set_function(lambda: ports.count_waiting(port_range))
+    own_metrics().port.set(claim.port)
+    own_metrics().waiting.set_function(lambda: ports.count_waiting(port_range))
     if not process.is_worker and (door := ports.open_door()):
         endpoint.hold(_await_child(process, door), door)
     return endpoint

@@ -21,6 +21,7 @@ from pytest_django import Settings
 
 from django_promports import checks
 from django_promports.conf import conf
+from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import ROOT
 
 # Wrong settings and the ids of their checks. The first setting is the one that the message must name;
@@ -75,8 +76,9 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMETHEUS_METRICS_EXPORT_PORT_RANGE": range(8001, 8050)}, ["E004"]),
     ({"PROMPORTS_ADDRESS": "localhost", "PROMPORTS_PORT_RANGE": "", "PROMPORTS_ENABLED": 1}, ["E001", "E002", "E009"]),
 ]
-# Those that settings alone do not produce; each has a test of its own below.
-ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003"}
+# Those that settings alone do not produce; each has a test of its own below, or in the module of tests that is named.
+ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003", "W007"}
+ELSEWHERE |= {"W005", "W006", "W008"}  # test_read_only, test_platforms, test_odd_settings
 GOOD: list[dict[str, Any]] = [
     {},
     {"PROMPORTS_PORT_RANGE": [1024, 32767, 61000], "PROMPORTS_ENABLED": False},
@@ -332,6 +334,57 @@ def test_a_folder_of_this_user_is_good_for_ledgers(settings: Settings, tmp_path:
     settings.PROMPORTS_LEDGER_DIR = str(tmp_path / "ledgers")
 
     assert checks.check_settings() == []
+
+
+BEFORE, AFTER = (f"django_prometheus.middleware.Prometheus{name}Middleware" for name in ("Before", "After"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ("", "MIDDLEWARE does not have PrometheusBeforeMiddleware and PrometheusAfterMiddleware, so requests are not"),
+        (
+            f"MIDDLEWARE = ['{BEFORE}']",
+            "MIDDLEWARE does not have PrometheusAfterMiddleware, so requests are not counted",
+        ),
+        ("MIDDLEWARE = ['nowhere.Middleware', 'nowhere']", "MIDDLEWARE does not have PrometheusBeforeMiddleware and"),
+        (f"MIDDLEWARE = ['{BEFORE}', '{AFTER}']; INSTALLED_APPS.pop()", "INSTALLED_APPS does not have"),
+        (f"MIDDLEWARE = ['{BEFORE}', '{AFTER}']; SILENCED_SYSTEM_CHECKS = ['promports.W007']", ""),
+        (f"MIDDLEWARE = ('{BEFORE}', '{AFTER}')", ""),
+        (f"MIDDLEWARE = ['{BEFORE}', 'labelled.Middleware']", ""),
+        ("SILENCED_SYSTEM_CHECKS = ['promports.W007']", ""),
+    ],
+    ids=["nothing", "before", "strange", "no-app", "both-silenced", "both", "subclass", "silenced"],
+)
+def test_a_site_whose_requests_are_not_counted_is_told_what_is_missing(
+    changes: str, missing: str, tmp_path: Path
+) -> None:
+    env = {**write_site(tmp_path), "DJANGO_SETTINGS_MODULE": "changed"}
+    (tmp_path / "labelled.py").write_text(
+        "from django_prometheus.middleware import PrometheusAfterMiddleware\n\n"
+        "class Middleware(PrometheusAfterMiddleware): pass\n"
+    )
+    lines = ["from minimal import *", "INSTALLED_APPS += ['django_prometheus']", changes]
+    (tmp_path / "changed.py").write_text("\n".join(lines))
+
+    check = django_admin("check", MINIMAL_LEDGER_DIR="", **env)
+
+    assert check.returncode == 0, check.stderr
+    if missing:
+        assert f"(promports.W007) django-prometheus is not set up: {missing}" in check.stderr
+        assert "HINT: Install it with `pip install" in check.stderr
+        assert "SILENCED_SYSTEM_CHECKS = ['promports.W007']." in check.stderr
+    assert check.stderr.count("promports.") == (2 if missing else 0)
+
+
+def test_a_worker_does_not_log_that_requests_are_not_counted(free_ports: range, tmp_path: Path) -> None:
+    env = write_site(tmp_path)
+    with serve_site(tmp_path, free_ports, MINIMAL_LEDGER_DIR="", **env) as site:
+        site.wait_for_workers(2)
+        assert site.request() == 200
+
+        assert "W007" not in site.child.output()
+        assert "WARNING" not in site.child.output()
 
 
 def test_a_project_without_urls_has_a_name_and_a_ledger_folder_all_the_same(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from django.core.management import load_command_class
 from prometheus_client import REGISTRY
 
 from django_promports.conf import Conf
+from django_promports.own import own_metrics
 from tests.servers import ROOT
 from tests.test_servers import SERVERS
 
@@ -67,6 +68,7 @@ def test_every_option_of_a_command_is_documented(command: str) -> None:
 
 
 def test_every_metric_is_documented_and_the_other_way_round() -> None:
+    own_metrics()
     existing = {name for name in REGISTRY._names_to_collectors if name.startswith("promports_")}
     exposed = {n for n in existing if not n.endswith("_created") and f"{n}_total" not in existing}
 
@@ -76,7 +78,13 @@ def test_every_metric_is_documented_and_the_other_way_round() -> None:
 def test_install_settings_and_a_first_look_fit_in_thirty_lines() -> None:
     start = "\n".join(README.splitlines()[:30])
 
-    for needed in ("pip install django-promports", "INSTALLED_APPS", "MIDDLEWARE", "curl ", "export_targets"):
+    for needed in (
+        'pip install "django-promports[django-prometheus]"',
+        "INSTALLED_APPS",
+        "MIDDLEWARE",
+        "curl ",
+        "export_targets",
+    ):
         assert needed in start
 
 

@@ -24,9 +24,10 @@ from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
 from django_promports.activity import Activity
-from django_promports.endpoint import COLLECTOR_FAILURES, MAX_CONNECTIONS, MAX_HEADER_BYTES, REFUSED, SERVED, Endpoint
+from django_promports.endpoint import MAX_CONNECTIONS, MAX_HEADER_BYTES, Endpoint
 from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
+from django_promports.own import own_metrics
 from django_promports.ports import claim
 from django_promports.targets import count_samples
 from django_promports.values import Book
@@ -160,13 +161,13 @@ def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
     served = serve()
     requests.inc(5)
     latency.observe(0.5)
-    scrapes = SERVED._value.get()
+    scrapes = own_metrics().served._value.get()
 
     told = json.loads(served.ask("/?activity", Accept="application/json")[2])
 
     assert told["activity"][-1][1:] == [5, 1, 0.5]
     assert told["series"] == count_samples(served.ask()[2])
-    assert SERVED._value.get() == scrapes + 1  # to count the series was none
+    assert own_metrics().served._value.get() == scrapes + 1  # to count the series was none
 
 
 def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
@@ -232,7 +233,7 @@ def test_a_malformed_request_is_refused_and_the_next_scrape_served(
     sent: bytes, status: int, serve: Callable[..., Served]
 ) -> None:
     served = serve()
-    refused = REFUSED._value.get()
+    refused = own_metrics().refused._value.get()
 
     with served.connect() as sock:
         with contextlib.suppress(ConnectionError):
@@ -241,7 +242,7 @@ def test_a_malformed_request_is_refused_and_the_next_scrape_served(
             answer.begin()
 
     assert answer.status == status
-    assert REFUSED._value.get() == refused + 1
+    assert own_metrics().refused._value.get() == refused + 1
     assert served.ask()[0] == 200
 
 
@@ -268,7 +269,7 @@ def test_a_header_that_trickles_in_is_dropped_in_time(
 ) -> None:
     monkeypatch.setattr(endpoint_module, "HEADER_SECONDS", 0.5)
     served = serve()
-    refused = REFUSED._value.get()
+    refused = own_metrics().refused._value.get()
     with served.connect() as sock:
         began = time.monotonic()
 
@@ -282,7 +283,7 @@ def test_a_header_that_trickles_in_is_dropped_in_time(
         wait_until(trickle, "the connection is dropped", 5)
 
         assert time.monotonic() - began >= 0.5
-        assert REFUSED._value.get() == refused + 1
+        assert own_metrics().refused._value.get() == refused + 1
 
 
 def test_the_oldest_unfinished_connection_makes_room_for_a_newcomer(serve: Callable[..., Served]) -> None:
@@ -369,13 +370,13 @@ def test_a_collector_that_raises_costs_its_own_metrics_and_is_logged_once(
     broken = Broken()
     registry.register(broken)
     served = serve()
-    failures, answered = COLLECTOR_FAILURES._value.get(), SERVED._value.get()
+    failures, answered = own_metrics().collector_failures._value.get(), own_metrics().served._value.get()
 
     bodies = [served.ask()[2] for _ in range(3)]
 
     assert all(b"pears_total 0.5" in body and b"kettle" not in body for body in bodies)
-    assert COLLECTOR_FAILURES._value.get() == failures + 3
-    assert SERVED._value.get() == answered + 3
+    assert own_metrics().collector_failures._value.get() == failures + 3
+    assert own_metrics().served._value.get() == answered + 3
     assert [record.exc_info is not None for record in caplog.records] == [True]
     broken.broken = False
     assert b"kettle 1.0" in served.ask()[2]

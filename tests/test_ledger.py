@@ -592,6 +592,28 @@ def test_a_full_ledger_says_so_and_keeps_what_it_has(label: str, small: None, pa
         assert read(ledger) == counted | {("apples", (f"{label}0",)): [1.5, 2.0]}
 
 
+def test_space_is_reserved_where_nothing_was_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Reserving writes to the file, so it would undo what another thread counts there at this moment. That moment is too
+    # short to be hit: instead, look at what each write is about to replace.
+    write, replaced = os.pwrite, []
+
+    def look_and_write(file: int, data: bytes, offset: int) -> int:
+        replaced.append(os.pread(file, len(data), offset))
+        return write(file, data, offset)
+
+    with opened(path) as ledger:
+        fill(ledger)
+    for round_ in range(3):  # the first piece is reserved again each time the ledger is opened
+        with opened(path) as ledger:
+            monkeypatch.setattr(os, "pwrite", look_and_write)
+            for number in range(2000):
+                count(ledger, ledger.families["apples"], (f"{round_} {number}",), 1.5)
+            monkeypatch.undo()
+
+    assert len(replaced) > 10
+    assert not any(data.strip(b"\0") for data in replaced)
+
+
 # However many pages are free: a ledger opens or says that it is full, and what it took it keeps. SIGBUS kills.
 CROWDED = """
 import mmap, os, sys

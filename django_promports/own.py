@@ -1,0 +1,45 @@
+"""The metrics of the package itself.
+
+They are made when the process first serves, never at import: with PROMETHEUS_MULTIPROC_DIR set, prometheus_client opens
+a file for each metric that is made, and where it cannot, the site would not start. The checks forbid to serve then.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+from prometheus_client import Counter, Gauge
+
+
+class OwnMetrics(NamedTuple):
+    """served, failed, refused: the children of promports_scrapes_total."""
+
+    port: Gauge
+    waiting: Gauge
+    served: Counter
+    failed: Counter
+    refused: Counter
+    collector_failures: Counter
+
+
+@cache
+def own_metrics() -> OwnMetrics:
+    """Return the metrics of this process, in prometheus_client's default registry; made at the first call."""
+    scrapes = Counter(
+        "promports_scrapes_total",
+        "Scrapes of this process: served, failed (an error while answering), refused (malformed, unauthorized, too "
+        "slow or one connection too many).",
+        ["outcome"],
+    )
+    return OwnMetrics(
+        Gauge("promports_port", "The port that this process holds."),
+        Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range."),
+        scrapes.labels("served"),
+        scrapes.labels("failed"),
+        scrapes.labels("refused"),
+        Counter(
+            "promports_collector_failures_total",
+            "Times that a collector raised, and its metrics were missing from a scrape.",
+        ),
+    )
