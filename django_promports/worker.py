@@ -36,6 +36,7 @@ from django_promports.endpoint import Endpoint
 from django_promports.exposition import Exposition
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.loop import READ, Loop, Steps
+from django_promports.secret import make_secret, remove_secret
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
@@ -75,6 +76,9 @@ class _Process:
         self.is_waiting = False
         self.waiting_sign: Any = None
         self.made_folder: Path | None = None
+        self.made_secret: tuple[Path, bytes] | None = None
+        self.is_secret_missed = False
+        self.claimed_at = 0.0
         self.unsaid = ""
         self.broken = False
         # True once it served a request or called start(), and in its forked children, which are its own business.
@@ -103,7 +107,7 @@ def on_ready() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
-            ports.relieve_parent(STEP_DOWN_SECONDS)
+            ports.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
             _claim()
 
 
@@ -137,6 +141,9 @@ def _release(process: _Process, *, undo: bool = False) -> None:
             process.endpoint.stop()
             logger.info("Freed the metrics port. port=%s pid=%s", process.port, os.getpid())
             _book.close(undo=undo)
+            if undo and process.made_secret is not None:
+                with suppress(OSError):
+                    remove_secret(*process.made_secret)
             if undo and process.made_folder is not None:
                 with suppress(OSError):  # others have their ledgers in it
                     process.made_folder.rmdir()
@@ -242,6 +249,9 @@ def _serve(process: _Process, *, waited: float) -> None:
             activity=Activity(_book.registry, conf.metric_namespace),
             tls=conf.server_tls(),
             read_token=conf.read_token,
+            read_keys=conf.read_keys,
+            host=conf.PROMPORTS_TARGET_HOST,
+            claimed_at=process.claimed_at,
         )
     except BaseException:
         _book.close()
@@ -249,8 +259,8 @@ def _serve(process: _Process, *, waited: float) -> None:
         raise
     PORT.set(claim.port)
     WAITING.set_function(lambda: ports.count_waiting(port_range))
-    if not process.is_worker and (door := ports.open_door()):
-        endpoint.hold(_await_child(process, door), door)
+    if not process.is_worker and (listener := ports.open_step_down(_read_first_key())):
+        endpoint.hold(partial(_await_child, process, listener), listener)
     endpoint.start()
     process.endpoint, process.port = endpoint, claim.port
     logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
@@ -264,14 +274,18 @@ def _claim_with_ledger(
     address = conf.PROMPORTS_ADDRESS
     process.unsaid = ""
     if folder is None:
-        return ports.claim(address, port_range), None
+        claim = ports.claim(address, port_range)
+        process.claimed_at = time.monotonic()
+        return claim, None
     passed: list[ports.Claim] = []
     try:
         while True:
             claim = ports.claim(address, [number for number in port_range if number not in {c.port for c in passed}])
+            process.claimed_at = time.monotonic()
             try:
                 if make_folder(folder):
                     process.made_folder = folder
+                _make_secret(process, folder)
                 if _is_reload(folder, port_range, claim.port, waited):
                     passed.append(claim)
                     raise _Undecided
@@ -284,6 +298,7 @@ def _claim_with_ledger(
     except ports.RangeFull:
         if not passed:
             raise
+        # When this one was claimed is not known any more; a later time is as safe.
         claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
     finally:
         for other in passed:
@@ -294,6 +309,25 @@ def _claim_with_ledger(
     else:
         logger.error(said)
     return claim, None
+
+
+def _make_secret(process: _Process, folder: Path) -> None:
+    """Make the site secret in a folder that belongs to this user, unless there is one."""
+    try:
+        if secret := make_secret(folder):
+            process.made_secret = folder, secret
+    except OSError as error:
+        if not process.is_secret_missed:
+            process.is_secret_missed = True
+            logger.warning("There is no site secret: %s. Processes of the site know each other by other keys.", error)
+
+
+def _read_first_key() -> bytes:
+    """Return the best key of the site; nothing where it has none, or where a wrong setting hides it."""
+    try:
+        return next(conf.read_keys(), b"")
+    except Exception:  # the claim says what is wrong
+        return b""
 
 
 def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
@@ -367,7 +401,9 @@ def find_targets(loop: Loop) -> Steps[bytes]:
 
 def look(loop: Loop) -> Steps[pages.Look]:
     """Ask every port of this machine what it does, for the page."""
-    origin = pages.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
+    # Where there is a token no browser has it, and links would lead nowhere.
+    guarded = conf.PROMPORTS_BEARER_TOKEN_FILE is not None
+    origin = None if guarded else pages.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
     return (yield from pages.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))
 
 
@@ -430,15 +466,15 @@ def _after_fork_in_child() -> None:
         _claim(at_once=os.geteuid() != 0)
 
 
-def _await_child(process: _Process, door: socket.socket) -> Steps[None]:
+def _await_child(process: _Process, listener: socket.socket) -> Steps[None]:
     """Free the port of a supervisor, which loads the site and serves nothing, when a child comes that claims.
 
     Supervisors that fork are known by that; this is for those that spawn, like hypercorn's with --reload.
     """
     while not process.is_worker:
-        yield door, READ
+        yield listener, READ
         with suppress(OSError):
-            peer, _ = door.accept()
+            peer, _ = listener.accept()
             if ports.is_child(peer) and not process.is_worker:
                 threading.Thread(target=_step_down, args=[process, peer], daemon=True).start()
                 return

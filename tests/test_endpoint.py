@@ -190,7 +190,7 @@ def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., S
     def find(loop: Loop) -> Steps[bytes]:
         asked.set()
         found.append(1)
-        while len(loop._flights["/targets"].passengers) < 5:
+        while len(loop._shared["/targets"].joiners) < 5:
             yield from loop.give_way()
         return b'[{"targets": []}]'
 
