@@ -9,6 +9,7 @@ from __future__ import annotations
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable
@@ -240,7 +241,7 @@ class Loop:
             return
         except BaseException as error:
             self._end(conversation, error=error)
-            if isinstance(error, KeyboardInterrupt):  # it is the command's, or the site's
+            if is_interrupt(error):
                 raise
             return
         finally:
@@ -273,9 +274,9 @@ class Loop:
             return
         try:
             conversation.close()
-        except KeyboardInterrupt:
-            raise
         except BaseException as failure:
+            if is_interrupt(failure):
+                raise
             error = failure
         if not (joiners or conversation.is_expected or isinstance(error, Dropped | GeneratorExit)):
             kind = type(error), getattr(conversation.steps, "__qualname__", "")
@@ -308,6 +309,11 @@ class Loop:
             self._wakee.recv(CHUNK)
         except BlockingIOError:
             pass
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether it is Ctrl-C, which is for the process: the main thread has it, or a greenlet of that thread."""
+    return isinstance(error, KeyboardInterrupt) and threading.main_thread().native_id == threading.get_native_id()
 
 
 def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Steps[T]:

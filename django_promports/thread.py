@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from django_promports.logs import LimitedLog
-from django_promports.loop import Conversation, Loop
+from django_promports.loop import Conversation, Loop, is_interrupt
 
 # Seconds to wait for the thread at pause(): longer than the longest answer takes to make.
 PAUSE_SECONDS = 10.0
@@ -66,30 +66,45 @@ class LoopThread:
         self._is_sound = True
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        former, self._thread = self._thread, threading.Thread(target=self._run, name=self._name, daemon=True)
         try:
             self._thread.start()
         except BaseException:
-            self._thread = None
+            self._thread = former
             raise
 
     def _run(self) -> None:
         me = threading.current_thread()
-        if self._former is not None:  # it may still be in a step that takes its time
-            self._former.join()
-        while True:
-            error: BaseException | None = None
-            began = time.monotonic()
+        try:
+            self._live(me)
+            while not self._is_through(me):
+                self._live(me)
+        finally:
+            # Again, and once more: what ends a thread from outside may have come in the middle of this.
             try:
-                self._turn(me)
-            except BaseException as failure:
-                error = failure
-            if self._is_through(me, error, time.monotonic() - began):
-                break
-        if isinstance(error, KeyboardInterrupt) and threading.main_thread().native_id == threading.get_native_id():
-            raise error  # in a greenlet: the signal was meant for the process
+                self._is_through(me)
+            finally:
+                self._is_through(me)
+
+    def _live(self, me: threading.Thread) -> None:
+        error: BaseException | None = None
+        began = time.monotonic()
+        try:
+            self._turn(me)
+        except BaseException as failure:
+            error = failure
+        if self._thread is me and not self._closed:
+            self._failures = 1 if time.monotonic() - began > HEALTHY_SECONDS else min(self._failures + 1, 20)
+            # The type, and not the traceback: what ends a thread from outside did nothing wrong where it hit.
+            name = type(error).__name__ if error else "nothing accepts connections"
+            said = "The thread %s ended (%s); another one goes on. pid=%s"
+            self._log.error("thread", said, self._name, name, os.getpid())
+        if error is not None and is_interrupt(error):
+            raise error
 
     def _turn(self, me: threading.Thread) -> None:
+        if self._former is not None and self._former is not me:  # it may still be in a step that takes its time
+            self._former.join()
         resume_at = time.monotonic() + self._backoff()
         while self._thread is me and time.monotonic() < resume_at:
             time.sleep(BACKOFF_SECONDS)
@@ -98,29 +113,22 @@ class LoopThread:
                 self.loop.close()
             self._make_loop()
         while self._thread is me and not self._vital.is_over:
+            self._is_sound = False
             self.loop.turn()
+            self._is_sound = True
+        self._is_sound = not self._vital.is_over
 
     def _backoff(self) -> float:
         return min(BACKOFF_SECONDS * 2**self._failures, MAX_BACKOFF_SECONDS) if self._failures > 1 else 0.0
 
-    def _is_through(self, me: threading.Thread, error: BaseException | None, lived: float) -> bool:
+    def _is_through(self, me: threading.Thread) -> bool:
         """Start another thread if this one should still run; False if that fails, and this one has to go on."""
         with self._lock:
-            if self._thread is not me or self._closed:
-                return True
-            self._is_sound = False
-            self._failures = 1 if lived > HEALTHY_SECONDS else min(self._failures + 1, 20)
-            self._former = me
-            try:
-                self._start()
-            except Exception:
-                self._thread = me
-        # The type, and not the traceback: what ends a thread from outside did nothing wrong where it hit.
-        name = type(error).__name__ if error else "nothing accepts connections"
-        self._log.error(
-            "thread", "The thread %s ended (%s); another one goes on. pid=%s", self._name, name, os.getpid()
-        )
-        return self._thread is not me
+            if self._thread is me and not self._closed:
+                self._former = me
+                with suppress(Exception):
+                    self._start()
+            return self._thread is not me or self._closed
 
 
 def _await_end(thread: threading.Thread) -> None:
