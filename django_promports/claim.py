@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from django_promports import ports
-from django_promports.endpoint import STOP_SECONDS, Endpoint
+from django_promports.endpoint import Endpoint
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
+from django_promports.secret import make_secret, remove_secret
+from django_promports.thread import PAUSE_SECONDS
 from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
@@ -56,9 +58,9 @@ class Holder:
     """One process as the holder of a port and its ledger. A forked child begins with a new one.
 
     book: the metrics that count in the ledger. read_terms: returns the settings of now. make_endpoint: returns what
-    serves a claimed port. port, endpoint: None without a port. is_worker: whether the process is known to be a worker;
-    until then it may be a master, whose children are the workers. is_broken: whether it failed in a way that no waiting
-    cures.
+    serves a claimed port. port, endpoint: None without a port. claimed_at: when the port was claimed, in seconds of
+    time.monotonic(). is_worker: whether the process is known to be a worker; until then it may be a master, whose
+    children are the workers. is_broken: whether it failed in a way that no waiting cures.
     """
 
     def __init__(
@@ -77,6 +79,9 @@ class Holder:
         self._stopping = threading.Event()
         self._retrying_since = 0.0
         self._made_folder: Path | None = None
+        self._made_secret: tuple[Path, bytes] | None = None
+        self._is_secret_missed = False
+        self.claimed_at = 0.0
         self._unsaid = ""
 
     def claim(self, *, at_once: bool = True) -> None:
@@ -94,7 +99,7 @@ class Holder:
                 if self._retry is None:
                     self.start_retry()
 
-    def release(self, *, undo: bool = False, seconds: float = STOP_SECONDS) -> None:
+    def release(self, *, undo: bool = False, seconds: float = PAUSE_SECONDS) -> None:
         """Free the ledger and then the port, and stop waiting for one.
 
         undo: leave no folder and no ledger behind that this process has made. seconds: how long to wait for a thread of
@@ -111,6 +116,9 @@ class Holder:
                 finally:
                     self.endpoint.stop()
                 logger.info("Freed the metrics port. port=%s pid=%s", self.port, os.getpid())
+                if undo and self._made_secret is not None:
+                    with suppress(OSError):
+                        remove_secret(*self._made_secret)
                 if undo and self._made_folder is not None:
                     with suppress(OSError):  # others have their ledgers in it
                         self._made_folder.rmdir()
@@ -162,6 +170,7 @@ class Holder:
         self._unsaid = ""
         if folder is None:
             claim = ports.claim(terms.address, terms.ports)
+            self.claimed_at = time.monotonic()
             if terms.no_folder:
                 self._tell_in_memory(terms.no_folder)
             return claim, None
@@ -170,9 +179,11 @@ class Holder:
             while True:
                 others = {claim.port for claim in passed}
                 claim = ports.claim(terms.address, [number for number in terms.ports if number not in others])
+                self.claimed_at = time.monotonic()
                 try:
                     if make_folder(folder):
                         self._made_folder = folder
+                    self._make_secret(folder)
                     if _is_reload(folder, terms.ports, claim.port, waited):
                         passed.append(claim)
                         raise Undecided
@@ -185,12 +196,25 @@ class Holder:
         except ports.RangeFull:
             if not passed:
                 raise
+            # When this one was claimed is not known any more; a later time is as safe.
             claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
         finally:
             for other in passed:
                 other.listener.close()
         self._tell_in_memory(reason)
         return claim, None
+
+    def _make_secret(self, folder: Path) -> None:
+        """Make the site secret in a folder that belongs to this user, unless there is one."""
+        try:
+            if secret := make_secret(folder):
+                self._made_secret = folder, secret
+        except OSError as error:
+            if not self._is_secret_missed:
+                self._is_secret_missed = True
+                logger.warning(
+                    "There is no site secret: %s. Processes of the site know each other by other keys.", error
+                )
 
     def _tell_in_memory(self, reason: str) -> None:
         said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."

@@ -10,15 +10,17 @@ import re
 import socket
 import ssl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.encoding import force_bytes
 
 from django_promports import unix
 from django_promports.ports import check_address, parse_ports
+from django_promports.secret import derive_key, read_secret
 from django_promports.targets import Site, check_host, check_label, client_tls
 
 T = TypeVar("T")
@@ -131,7 +133,29 @@ class Conf:
         self.server_tls()  # says what is wrong with the files
         certfile = self.PROMPORTS_TLS_CERTFILE
         tls = client_tls(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
-        return Site(self.project, tls, self.read_token())
+        return Site(self.project, tls, tuple(self.read_keys(asking=True)))
+
+    def read_keys(self, *, asking: bool = False) -> Iterator[bytes]:
+        """Yield the keys that the processes of this site share, best first, read anew like the token.
+
+        The first is the secret in the ledger folder. Where processes share no folder (other hosts, a container, counts
+        in memory), it is the token, or SECRET_KEY where there is none. asking: root may read another user's folder,
+        but never believes who asks with what is in it.
+        """
+        folder = self.PROMPORTS_LEDGER_DIR
+        if folder is not None and (secret := read_secret(folder, foreign=asking)):
+            yield secret
+        token = self.read_token()
+        if token is not None:
+            yield derive_key(token.encode(), "token")
+        elif key := self._secret_key():
+            yield derive_key(key, "SECRET_KEY")
+
+    def _secret_key(self) -> bytes:
+        try:
+            return force_bytes(settings.SECRET_KEY)
+        except ImproperlyConfigured:  # it is empty
+            return b""
 
     def read_token(self) -> str | None:
         """Return the bearer token, read anew so that it can be replaced while the site runs."""

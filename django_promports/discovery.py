@@ -19,5 +19,7 @@ def find_targets(loop: Loop) -> Steps[bytes]:
 
 def look(loop: Loop) -> Steps[ports_seen.Look]:
     """Ask every port of this machine what it does, for the page."""
-    origin = ports_seen.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
+    # Where there is a token no browser has it, and links would lead nowhere.
+    guarded = conf.PROMPORTS_BEARER_TOKEN_FILE is not None
+    origin = None if guarded else ports_seen.make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
     return (yield from ports_seen.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE, origin))

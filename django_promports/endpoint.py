@@ -13,25 +13,29 @@ import os
 import re
 import socket
 import ssl
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from email.utils import formatdate
 from enum import IntEnum
 from functools import partial
+from hashlib import sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from time import monotonic, perf_counter, sleep
+from time import monotonic, perf_counter
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
+from django_promports import proof
 from django_promports.activity import Activity
 from django_promports.exposition import SLICE_SECONDS, Exposition
-from django_promports.loop import READ, Conversation, Loop, Steps, attempt, receive, send_all
+from django_promports.logs import LimitedLog
+from django_promports.loop import NEXT_TURN, READ, Conversation, Loop, Steps, attempt, receive, send_all
 from django_promports.own import own_metrics
 from django_promports.page import html
 from django_promports.page.look import Look, make_origin
 from django_promports.targets import check_host
+from django_promports.thread import PAUSE_SECONDS, LoopThread
 
 logger = logging.getLogger("django_promports")
 
@@ -39,8 +43,10 @@ logger = logging.getLogger("django_promports")
 HEADER_SECONDS = 5.0
 # Seconds for the peer to take the answer. A slow link may carry megabytes, and holds up nobody meanwhile.
 ANSWER_SECONDS = 60.0
-# Seconds for a peer to read the end of an answer before what else it sent makes the kernel reset the connection.
+# Seconds for a peer to read the end of an answer before what else it sent makes the kernel reset the connection; and
+# how many bytes of that are read meanwhile.
 LINGER_SECONDS = 1.0
+MAX_LINGER_BYTES = 4 * 1024 * 1024
 # One Prometheus holds one connection for a moment; two of them and a few people fit many times.
 MAX_CONNECTIONS = 64
 MAX_HEADER_BYTES = 16384
@@ -53,8 +59,8 @@ COUNT_SECONDS = 15.0
 COUNT_PATIENCE_SECONDS = 1.0
 # How Prometheus asks, so that what is kept of an exposition serves both.
 ACCEPT, ACCEPT_ENCODING = "application/openmetrics-text;version=1.0.0", "gzip"
-# Seconds to wait for the thread at stop(): longer than the longest answer takes to make.
-STOP_SECONDS = 10.0
+# Bytes of an answer to a probe that are hashed at once.
+HASH_BYTES = 512 * 1024
 
 
 class Response(NamedTuple):
@@ -87,11 +93,17 @@ class Request(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline()
         if len(head) > MAX_HEADER_BYTES:
             self.send_error(431)
-        elif not self.parse_request() and self.error is None:
-            self.error = _plain(400, "This is no HTTP request.")
+        elif not self._parse() and self.error is None:
+            self.error = _plain(400, "This is not an HTTP request.")
         if self.error is None and self.command not in ("GET", "HEAD"):
             self.error = _plain(405, f"{self.command} is not served here; use GET or HEAD.", ("Allow", "GET, HEAD"))
         self.route, _, self.query = self.path.partition("?")
+
+    def _parse(self) -> bool:
+        try:
+            return self.parse_request()
+        except Exception:  # the parser is the one for mail, and raises all kinds of errors for odd header parameters
+            return False
 
     def header(self, name: str) -> str:
         return str(self.headers.get(name, ""))
@@ -116,7 +128,9 @@ class Endpoint:
 
     exposition: what /metrics shows. about: what / says of this process, by name. find_targets, look: conversations that
     return the http_sd document of /targets, and what / shows of all processes. activity: what this process did lately.
-    tls: serve HTTPS. read_token: returns the bearer token to require, if any.
+    tls: serve HTTPS. read_token: returns the bearer token to require, if any. read_keys: returns the keys of the site,
+    with which its own processes ask instead. host: under which Prometheus reaches it. claimed_at: when (time.monotonic)
+    the port was claimed.
     """
 
     def __init__(
@@ -130,6 +144,9 @@ class Endpoint:
         activity: Activity,
         tls: ssl.SSLContext | None = None,
         read_token: Callable[[], str | None] = lambda: None,
+        read_keys: Callable[[], Iterable[bytes]] = tuple,
+        host: str = "",
+        claimed_at: float | None = None,
     ) -> None:
         self._listener = listener
         self._about = about
@@ -139,37 +156,41 @@ class Endpoint:
         self._activity = activity
         self._own = own_metrics()
         self._rendered_at = -COUNT_SECONDS
-        self._rendering = False
         self._tls = tls
         self._read_token = read_token
-        self._loop = Loop()
+        self._read_keys = read_keys
+        self._host = host
+        self._claimed_at = monotonic() if claimed_at is None else claimed_at
+        self._log = LimitedLog()
         self._connections: dict[Conversation, Stage] = {}  # oldest first
-        self._failing = False
+        self._held: list[tuple[Callable[[], Steps[None]], socket.socket]] = []
         self._stopping = False
-        self._loop.spawn(self._accept())
-        self._loop.spawn(self._activity.keep(self._loop))
-        self._thread: threading.Thread | None = None
-        self._former: threading.Thread | None = None
+        self._thread = LoopThread("promports-endpoint", self._begin, self._log)
+
+    @property
+    def _loop(self) -> Loop:
+        return self._thread.loop
+
+    def _begin(self, loop: Loop) -> Conversation:
+        self._rendering = False
+        self._connections.clear()
+        loop.spawn(self._activity.keep(loop))
+        for begin, _ in self._held:
+            loop.spawn(begin())
+        return loop.spawn(self._accept())
+
+    def hold(self, begin: Callable[[], Steps[None]], sock: socket.socket) -> None:
+        """Hold another conversation, on a socket that is closed with the endpoint. Call it before start()."""
+        self._held.append((begin, sock))
+        self._loop.spawn(begin())
 
     def start(self) -> None:
         """Serve from a thread, from now on or again."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="promports-endpoint", daemon=True)
-            self._thread.start()
+        self._thread.start()
 
-    def hold(self, steps: Steps[None], sock: socket.socket) -> None:
-        """Hold a conversation besides, on a socket that is closed with the endpoint."""
-        self._loop.spawn(steps, sock=sock)
-
-    def pause(self, seconds: float = STOP_SECONDS) -> None:
+    def pause(self, seconds: float = PAUSE_SECONDS) -> None:
         """Stop the thread between two steps, until start(); wait so long for it. The port stays claimed."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():  # a collector may fork
-            self._thread, self._former = None, thread
-            self._loop.wake()
-            thread.join(seconds)
-            if not thread.is_alive():
-                _await_end(thread)
+        self._thread.pause(seconds)
 
     def stop(self) -> None:
         """Free the port and end the thread."""
@@ -180,39 +201,29 @@ class Endpoint:
     def abandon(self) -> None:
         """Close everything: at the end, or in a forked child, what was inherited from a parent that keeps serving."""
         self._stopping = True
-        self._loop.close()  # first: gevent would put off closing a socket that a selector has
+        self._thread.close()  # first: gevent would put off closing a socket that a selector has
+        for _, sock in self._held:
+            sock.close()
         self._listener.close()
-
-    def _run(self) -> None:
-        if self._former is not None:  # it may still be in a collector that takes its time
-            self._former.join()
-        while self._thread is threading.current_thread():
-            try:
-                self._loop.turn()
-            except Exception:
-                if self._stopping:
-                    break
-                logger.exception("A connection to the metrics endpoint failed; the endpoint goes on.")
-                sleep(EXHAUSTED_SECONDS)  # should it fail again at once, the site has the processor meanwhile
 
     def _accept(self) -> Steps[None]:
         while True:
-            yield self._listener, READ
-            for _ in range(MAX_CONNECTIONS):  # then those that are connected have a turn
-                try:
-                    sock, _ = self._listener.accept()
-                except BlockingIOError:
-                    break
-                except ConnectionError:  # it hung up while it was queued
-                    continue
-                except OSError:  # no file descriptor left
-                    if not self._drop_one():
-                        sleep(EXHAUSTED_SECONDS)
-                    break
-                if len(self._connections) >= MAX_CONNECTIONS:
-                    self._drop_one()
-                connection = self._loop.spawn(self._serve(sock), HEADER_SECONDS, sock)
-                self._connections[connection] = Stage.ASKING
+            try:
+                yield self._listener, READ
+                for _ in range(MAX_CONNECTIONS):  # then those that are connected have a turn
+                    try:
+                        sock, _ = self._listener.accept()
+                    except BlockingIOError:
+                        break
+                    except ConnectionError:  # it hung up while it was queued
+                        continue
+                    if len(self._connections) >= MAX_CONNECTIONS:
+                        self._drop_one()
+                    connection = self._loop.spawn(self._serve(sock), HEADER_SECONDS, sock)
+                    self._connections[connection] = Stage.ASKING
+            except OSError:  # no file descriptor left, or no room to wait for the listener
+                if not self._drop_one():
+                    yield from self._loop.sleep(EXHAUSTED_SECONDS)
 
     def _drop_one(self) -> bool:
         if not self._connections:
@@ -234,7 +245,7 @@ class Endpoint:
                 self._connections[connection] = Stage.ANSWERED
                 connection.set_deadline(ANSWER_SECONDS)
                 request = Request(head)
-                response = request.error or (yield from self._answer(request))
+                response = request.error or (yield from self._answer(request, sock))
                 if response.status in (400, 401, 405, 408, 431, 505):
                     self._own.refused.inc()
                 yield from send_all(sock, response.encode(with_body=request.command != "HEAD"))
@@ -242,9 +253,10 @@ class Endpoint:
                 self._connections[connection] = Stage.ENDING
                 connection.set_deadline(LINGER_SECONDS)
                 sock.shutdown(socket.SHUT_WR)
-                while (yield from receive(sock)):
-                    pass
-        except OSError:  # it hung up, or speaks no TLS: nobody is left to tell
+                rest = MAX_LINGER_BYTES
+                while rest > 0 and (chunk := (yield from receive(sock))):
+                    rest -= len(chunk)
+        except OSError:  # the peer is gone or does not speak TLS; no reply is possible
             logger.debug("A connection to the metrics endpoint broke.", exc_info=True)
         except GeneratorExit:
             if self._connections.get(connection) == Stage.ASKING and not self._stopping:
@@ -254,31 +266,56 @@ class Endpoint:
             self._connections.pop(connection, None)
             sock.close()
 
-    def _answer(self, request: Request) -> Steps[Response]:
+    def _answer(self, request: Request, sock: socket.socket) -> Steps[Response]:
+        """Answer who has the token, or a probe of a process of this site, which has its answer signed."""
+        probe = None
         try:
             token = self._read_token()
-            if token is not None and not is_authorized(request.header("Authorization"), token):
-                return _plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
-            if request.route == "/metrics":
-                return (yield from self._scrape(request))
-            if request.route == "/targets":
-                find = partial(self._find_targets, self._loop)  # asks every port of the range
-                return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
-            if request.route == "/":
-                return (yield from self._page(request))
-            return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
-        except Exception as error:
+            if header := request.header(proof.PROBE):
+                address, port = sock.getsockname()[:2]
+                asked = proof.Asked(address, port, request.path, request.header("Host"))
+                probe = proof.check_probe(
+                    header, self._read_keys(), asked, host=self._host, age=monotonic() - self._claimed_at
+                )
+            authorized = isinstance(probe, proof.Proof) or (
+                token is None or is_authorized(request.header("Authorization"), token)
+            )
+            if authorized:
+                response = yield from self._route(request)
+            else:
+                response = _plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # gevent.Timeout and SystemExit too
             if request.route == "/metrics":
                 self._own.failed.inc()
-            if not self._failing:
-                self._failing = True
-                logger.exception("Answering %s failed; it is logged once until it works again.", request.route)
-            return _plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
+            self._log.error(request.route, "Answering %s failed.", request.route, exc_info=error)
+            response = _plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
+        if probe is None:
+            return response
+        if isinstance(probe, str):
+            word = f"refused {probe}"
+        else:
+            digest = sha256()
+            for begin in range(0, len(response.body), HASH_BYTES):
+                digest.update(response.body[begin : begin + HASH_BYTES])
+                yield NEXT_TURN
+            word = proof.sign_answer(probe, response.status, digest.digest())
+        return response._replace(headers=(*response.headers, (proof.ANSWER, word)))
+
+    def _route(self, request: Request) -> Steps[Response]:
+        if request.route == "/metrics":
+            return (yield from self._scrape(request))
+        if request.route == "/targets":
+            find = partial(self._find_targets, self._loop)  # asks every port of the range
+            return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
+        if request.route == "/":
+            return (yield from self._page(request))
+        return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
 
     def _scrape(self, request: Request) -> Steps[Response]:
         names = tuple(parse_qs(request.query).get("name[]", ()))
         response = yield from self._render(request.header("Accept"), request.header("Accept-Encoding"), names)
-        self._failing = False
         self._own.served.inc()
         return response
 
@@ -314,7 +351,8 @@ class Endpoint:
         if "application/json" in request.header("Accept"):
             if request.query == "activity":
                 if monotonic() - self._rendered_at > COUNT_SECONDS:
-                    yield from self._loop.gather([self._render(ACCEPT, ACCEPT_ENCODING)], COUNT_PATIENCE_SECONDS)
+                    with suppress(Exception):  # a scrape says what is wrong
+                        yield from self._loop.gather([self._render(ACCEPT, ACCEPT_ENCODING)], COUNT_PATIENCE_SECONDS)
                 about.update(series=self._exposition.series, activity=self._activity.samples())
             return Response(200, "application/json", json.dumps(about).encode())
         found = yield from self._loop.share("/", partial(self._look, self._loop))  # asks every port of the range
@@ -327,15 +365,6 @@ class Endpoint:
                 yield from self._loop.give_way()
                 rested = perf_counter()
         return Response(200, "text/html; charset=utf-8", html.encode(pieces), html.HEADERS)
-
-
-def _await_end(thread: threading.Thread) -> None:
-    """Wait until the kernel, too, has ended a thread that was joined: Python 3.12 asks it how many there are."""
-    if thread.native_id == threading.get_native_id():  # it was a greenlet
-        return
-    deadline = monotonic() + STOP_SECONDS
-    while os.path.exists(f"/proc/self/task/{thread.native_id}") and monotonic() < deadline:
-        sleep(0)
 
 
 def is_authorized(header: str, token: str) -> bool:

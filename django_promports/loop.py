@@ -9,70 +9,102 @@ from __future__ import annotations
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable
 from itertools import islice
 from types import GeneratorType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+from django_promports.logs import LimitedLog
 
 T = TypeVar("T")
-# What a conversation yields: the socket and the events it waits for, or None to wait for resume().
-Wait = tuple[socket.socket, int] | None
+# What a conversation yields: the socket and the events it waits for, NEXT_TURN to let the others go first, or None to
+# wait until the loop wakes it.
+Wait = tuple[socket.socket, int] | object | None
 Steps = Generator[Wait, None, T]
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
+NEXT_TURN: Wait = object()
 CHUNK = 65536
 # Seconds of a rest in give_way(). Letting go of the interpreter and asking for it at once gets it back before another
 # thread has woken up, so it takes a real wait; this is the shortest that epoll knows.
 REST_SECONDS = 0.001
 
 
-class Conversation:
-    """A generator on its way, the socket that is closed with it, and when (time.monotonic) it is dropped."""
+class Dropped(Exception):
+    """A conversation was ended before it had a result."""
 
-    __slots__ = ("deadline", "socket", "steps", "waiting_on")
+
+class Conversation:
+    """A generator on its way, the socket that is closed with it, and when (time.monotonic) it is dropped.
+
+    Once is_over it has a result or an error, for those who join it.
+    """
+
+    __slots__ = (
+        "deadline",
+        "error",
+        "is_expected",
+        "is_over",
+        "joiners",
+        "result",
+        "socket",
+        "steps",
+        "thrown",
+        "waiting_on",
+    )
 
     def __init__(self, steps: Steps[Any], seconds: float | None, sock: socket.socket | None) -> None:
         self.steps = steps
         self.socket = sock
         self.waiting_on: int | None = None
+        self.thrown: BaseException | None = None  # into its next step: what it waits for cannot be waited for
+        self.is_expected = False  # somebody will join it, though perhaps not before it ends
+        self.joiners: list[Conversation] = []
+        self.is_over = False
+        self.result: Any = None
+        self.error: BaseException | None = None
         self.set_deadline(seconds)
 
     def set_deadline(self, seconds: float | None) -> None:
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
+    def outcome(self) -> Any:
+        """Return the result of a conversation that is over, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
     def close(self) -> None:
-        if not cast(
-            "GeneratorType[Any, Any, Any]", self.steps
-        ).gi_running:  # a step may fork, and its child closes what it inherited
-            self.steps.close()
-        if self.socket is not None:  # a generator that has not begun has no `finally` yet
-            self.socket.close()
-
-
-class Flight:
-    """A conversation whose result several others wait for."""
-
-    def __init__(self) -> None:
-        self.passengers: list[Conversation] = []
-        self.outcome: Callable[[], Any] | None = None  # returns the result, or raises
+        try:
+            if not cast(
+                "GeneratorType[Any, Any, Any]", self.steps
+            ).gi_running:  # a step may fork, and its child closes what it inherited
+                self.steps.close()
+        finally:
+            if self.socket is not None:  # a generator that has not begun has no `finally` yet
+                self.socket.close()
 
 
 class Loop:
     """Advances conversations, one step at a time.
 
-    Between two turns no conversation is inside a lock or half-way through anything, and the next turn may be taken by
+    What goes wrong in one of them ends that one: whoever joined it has the error, and where nobody did it is logged.
+    Between two turns no conversation is inside a lock or in the middle of a step, and the next turn may be taken by
     another thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: LimitedLog | None = None) -> None:
+        self._log = log or LimitedLog()
         self._conversations: dict[Conversation, None] = {}  # oldest first
-        self._resumed: deque[Conversation] = deque()
+        # A conversation is here, in _resting, in _sleeping, among the joiners of one other, or has a socket to wait on.
+        self._due: deque[Conversation] = deque()
         self._resting: list[Conversation] = []
         self._sleeping: dict[Conversation, float] = {}  # and when (time.monotonic) each goes on
-        self._flights: dict[Hashable, Flight] = {}
+        self._shared: dict[Hashable, Conversation] = {}
         self._current: Conversation | None = None
         self._selector = selectors.DefaultSelector()
         self._wakee, self._waker = socket.socketpair()
@@ -84,19 +116,13 @@ class Loop:
         """Begin a conversation; it is dropped after that many seconds, and the socket closed if it is."""
         conversation = Conversation(steps, seconds, sock)
         self._conversations[conversation] = None
-        self._resumed.append(conversation)
+        self._due.append(conversation)
         return conversation
 
-    def resume(self, conversation: Conversation) -> None:
-        """Let a conversation that yielded None take its next step."""
-        self._resumed.append(conversation)
-
     def drop(self, conversation: Conversation) -> None:
-        """End a conversation where it stands; its generator cleans up in `finally`."""
+        """End a conversation where it stands, unless it is over; its generator cleans up in `finally`."""
         self._forget(conversation)
-        self._conversations.pop(conversation, None)
-        self._sleeping.pop(conversation, None)
-        conversation.close()
+        self._end(conversation, error=Dropped())
 
     def current(self) -> Conversation:
         """Return the conversation whose step is running."""
@@ -113,79 +139,80 @@ class Loop:
         self._sleeping[self.current()] = time.monotonic() + seconds
         yield None
 
+    def join(self, conversation: Conversation) -> Steps[Any]:
+        """Wait until a conversation is over and return its result. Raises its error, Dropped if it was dropped."""
+        if not conversation.is_over:
+            conversation.joiners.append(self.current())
+            yield None
+        return conversation.outcome()
+
     def share(self, key: Hashable, begin: Callable[[], Steps[T]]) -> Steps[T]:
         """Hold a conversation and return its result; all who ask for the same key meanwhile have that result too."""
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = Flight()
+        shared = self._shared.get(key)
+        if shared is None or shared.is_over:
             # On its own, so that it goes on if who asked first hangs up.
-            self.spawn(self._fly(key, flight, begin()))
-        flight.passengers.append(self.current())
-        while flight.outcome is None:
-            yield None
-        return cast("T", flight.outcome())
+            shared = self._shared[key] = self.spawn(self._keep_shared(key, begin()))
+        return cast("T", (yield from self.join(shared)))
 
-    def _fly(self, key: Hashable, flight: Flight, steps: Steps[Any]) -> Steps[None]:
+    def _keep_shared(self, key: Hashable, steps: Steps[T]) -> Steps[T]:
         try:
-            result = yield from steps
-            flight.outcome = lambda: result
-        except Exception as error:
-            failure = error
-            flight.outcome = lambda: _raise(failure)
+            return (yield from steps)
         finally:
-            del self._flights[key]
-            for passenger in flight.passengers:
-                self.resume(passenger)
+            del self._shared[key]
 
     def gather(self, many: Iterable[Steps[T]], seconds: float, at_once: int = 64) -> Steps[list[T | None]]:
-        """Hold many conversations, so many at once, and return their results in order: None where one was dropped."""
-        parent = self.current()
+        """Hold many conversations, so many at once, and return their results in order: None where one was dropped.
+
+        Raises the error of the first that fails.
+        """
         results: list[T | None] = []
-
-        def keep(index: int, steps: Steps[T]) -> Steps[None]:
-            try:
-                results[index] = yield from steps
-            finally:
-                self.resume(parent)
-
         remaining = iter(many)
         while batch := list(islice(remaining, at_once)):
-            start = len(results)
-            results += [None] * len(batch)
-            children = [self.spawn(keep(start + i, steps), seconds) for i, steps in enumerate(batch)]
-            while any(child in self._conversations for child in children):
-                yield None
+            children = [self._spawn_expected(steps, seconds) for steps in batch]
+            try:
+                for child in children:
+                    try:
+                        results.append((yield from self.join(child)))
+                    except Dropped:
+                        results.append(None)
+            finally:
+                for child in children:
+                    self.drop(child)
         return results
 
     def complete(self, steps: Steps[T]) -> T:
-        """Run until this conversation ends and return its result."""
-        results: list[T] = []
-
-        def keep() -> Steps[None]:
-            results.append((yield from steps))
-
-        conversation = self.spawn(keep())
-        while conversation in self._conversations:
+        """Run until this conversation is over and return its result, or raise its error."""
+        conversation = self._spawn_expected(steps)
+        while not conversation.is_over:
             self.turn()
-        return results[0]
+        return cast("T", conversation.outcome())
+
+    def _spawn_expected(self, steps: Steps[Any], seconds: float | None = None) -> Conversation:
+        conversation = self.spawn(steps, seconds)
+        conversation.is_expected = True
+        return conversation
 
     def turn(self) -> None:
-        """Wait until a conversation can go on or a deadline passes, and advance what can."""
+        """Wait until a conversation can go on or a deadline passes, and advance what can, each by one step."""
         if self._resting:
             timeout: float | None = REST_SECONDS
         else:
-            timeout = 0.0 if self._resumed else self._seconds_to_deadline()
+            timeout = 0.0 if self._due else self._seconds_to_deadline()
         events = self._selector.select(timeout)
-        self._resumed += self._resting
+        self._due += self._resting
         self._resting.clear()
         for key, _ in events:
             if key.data is None:
                 self._drain_wakeups()
             elif key.data.waiting_on == key.fd:  # not dropped by an earlier step of this turn
-                self._advance(key.data)
+                self._forget(key.data)
+                self._due.append(key.data)
         self._drop_late()
         self._wake_sleepers()
-        self._advance_resumed()
+        for _ in range(len(self._due)):  # who is due again after its step lets the others have their turn
+            conversation = self._due.popleft()
+            if not conversation.is_over:
+                self._advance(conversation)
 
     def wake(self) -> None:
         """Make a turn() that waits in another thread return."""
@@ -198,35 +225,62 @@ class Loop:
         """Drop every conversation and close every descriptor. In a forked child this leaves the parent's untouched."""
         # First: deregistering from an inherited epoll would deregister the parent's sockets.
         self._selector.close()
-        for conversation in list(self._conversations):
+        for conversation in self._conversations:
             conversation.waiting_on = None
-            conversation.close()
-        self._conversations.clear()
+        for conversation in list(self._conversations):
+            self.drop(conversation)
         self._wakee.close()
         self._waker.close()
 
-    def _advance_resumed(self) -> None:
-        for _ in range(len(self._resumed)):  # one that resumes itself lets the others have their turn
-            conversation = self._resumed.popleft()
-            if conversation in self._conversations:
-                self._advance(conversation)
-
     def _advance(self, conversation: Conversation) -> None:
-        self._forget(conversation)
-        self._current = conversation
+        self._current, thrown, conversation.thrown = conversation, conversation.thrown, None
         try:
-            wait = next(conversation.steps)
+            wait = next(conversation.steps) if thrown is None else conversation.steps.throw(thrown)
+        except StopIteration as end:
+            self._end(conversation, result=end.value)
+            return
         except BaseException as error:
-            self._conversations.pop(conversation, None)
-            if not isinstance(error, StopIteration):
+            self._end(conversation, error=error)
+            if is_interrupt(error):
                 raise
             return
         finally:
             self._current = None
-        if wait is not None:
-            sock, events = wait
-            conversation.waiting_on = sock.fileno()
-            self._selector.register(conversation.waiting_on, events, conversation)
+        if conversation.is_over:  # the step forked, and this is the child, which has closed the loop
+            return
+        if wait is NEXT_TURN:
+            self._due.append(conversation)
+        elif wait is not None:
+            self._await(conversation, *cast("tuple[socket.socket, int]", wait))
+
+    def _await(self, conversation: Conversation, sock: socket.socket, events: int) -> None:
+        try:
+            fileno = sock.fileno()
+            self._selector.register(fileno, events, conversation)
+            conversation.waiting_on = fileno
+        except Exception as error:  # the kernel has no room for another one, say
+            conversation.thrown = error
+            self._due.append(conversation)
+
+    def _end(self, conversation: Conversation, *, result: Any = None, error: BaseException | None = None) -> None:
+        if conversation.is_over:
+            return
+        self._conversations.pop(conversation)
+        self._sleeping.pop(conversation, None)
+        conversation.is_over, conversation.result, conversation.error = True, result, error
+        joiners = [joiner for joiner in conversation.joiners if not joiner.is_over]
+        self._due += joiners
+        if error is None:
+            return
+        try:
+            conversation.close()
+        except BaseException as failure:
+            if is_interrupt(failure):
+                raise
+            error = failure
+        if not (joiners or conversation.is_expected or isinstance(error, Dropped | GeneratorExit)):
+            kind = type(error), getattr(conversation.steps, "__qualname__", "")
+            self._log.error(kind, "%s failed; the rest of the metrics endpoint goes on.", kind[1], exc_info=error)
 
     def _forget(self, conversation: Conversation) -> None:
         # Before the descriptor is closed: gevent's selector insists, and the kernel may hand out the number again.
@@ -243,7 +297,7 @@ class Loop:
         now = time.monotonic()
         for conversation in [c for c, moment in self._sleeping.items() if moment <= now]:
             del self._sleeping[conversation]
-            self._resumed.append(conversation)
+            self._due.append(conversation)
 
     def _seconds_to_deadline(self) -> float | None:
         deadlines = [c.deadline for c in self._conversations if c.deadline is not None]
@@ -255,6 +309,11 @@ class Loop:
             self._wakee.recv(CHUNK)
         except BlockingIOError:
             pass
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether it is Ctrl-C, which is for the process: the main thread has it, or a greenlet of that thread."""
+    return isinstance(error, KeyboardInterrupt) and threading.main_thread().native_id == threading.get_native_id()
 
 
 def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Steps[T]:
@@ -271,7 +330,12 @@ def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Ste
 
 
 def receive(sock: socket.socket) -> Steps[bytes]:
-    """Return what arrives next; empty at the end of the stream."""
+    """Return what arrives next, a chunk at most; empty at the end of the stream.
+
+    It waits first, so that a peer that sends without end lets everybody else have a turn after each chunk.
+    """
+    # What OpenSSL has decrypted already is not seen by the selector.
+    yield NEXT_TURN if isinstance(sock, ssl.SSLSocket) and sock.pending() else (sock, READ)
     try:
         return (yield from attempt(sock, lambda: sock.recv(CHUNK), READ))
     except ssl.SSLError:  # cut off without TLS' own goodbye
@@ -279,12 +343,10 @@ def receive(sock: socket.socket) -> Steps[bytes]:
 
 
 def send_all(sock: socket.socket, data: bytes) -> Steps[None]:
-    """Send all of it."""
+    """Send all of it, a chunk in each turn."""
     rest = memoryview(data)
     while rest:
         sent = yield from attempt(sock, lambda: sock.send(rest[:CHUNK]), WRITE)  # noqa: B023
         rest = rest[sent:]
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
+        if rest:
+            yield NEXT_TURN

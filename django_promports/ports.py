@@ -7,6 +7,7 @@ the port when the process ends, however it ends.
 from __future__ import annotations
 
 import errno
+import hmac
 import ipaddress
 import os
 import re
@@ -154,30 +155,62 @@ def count_waiting(ports: Sequence[int]) -> int:
     return table.count(f" @{_waiting_name(ports)}")
 
 
-def open_door() -> socket.socket | None:
-    """Let children of this process reach it, which relieve it of its port: relieve_parent(). Linux only."""
-    return _bind_sign(socket.SOCK_STREAM, _door_name(os.getpid()))
+def open_step_down(key: bytes) -> socket.socket | None:
+    """Listen for a child of this process that relieves it of its port: relieve_parent(). Linux only.
+
+    The name is known to who has the key of the site, so that no other user has it first.
+    """
+    name = _step_down_name(key, os.getpid())
+    return _bind_sign(socket.SOCK_STREAM, name) if name else None
 
 
 def is_child(peer: socket.socket) -> bool:
-    """Return whether who came through the door is a child of this process."""
-    # man 7 unix: struct ucred.
-    pid, _, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    # man 5 proc: the parent's pid is the second field behind the name, which may have parentheses in it.
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
+    """Return whether who connected to the step-down socket is a child of this process."""
+    try:
+        # The parent's pid is the second field behind the name.
+        return int(_read_stat(_peer(peer)[0])[1]) == os.getpid()
+    except OSError:  # it has ended
+        return False
 
 
-def relieve_parent(seconds: float) -> None:
-    """Wait until the parent has freed its port, if it has one and a door, and served no request."""
-    if sys.platform != "linux":
+def relieve_parent(key: bytes, seconds: float) -> None:
+    """Wait until the parent has freed its port, if it has one and a step-down socket, and served no request."""
+    parent = os.getppid()
+    name = _step_down_name(key, parent)
+    if not name:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(seconds)
         try:
-            sock.connect(_door_name(os.getppid()))
-            sock.recv(1)  # it says nothing, and hangs up when it is done
+            sock.setblocking(False)  # nobody may keep this process waiting but its parent
+            sock.connect(name)
+            pid, user = _peer(sock)
+            if pid == parent and user in (0, os.geteuid()):
+                sock.settimeout(seconds)
+                sock.recv(1)  # it says nothing, and hangs up when it is done
         except OSError:
             pass
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Return process and user at the other end: who connected, or who began to listen."""
+    # man 7 unix: struct ucred.
+    pid, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, user
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat behind the name, which may have parentheses in it (man 5 proc)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _step_down_name(key: bytes, pid: int) -> str | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        began = _read_stat(pid)[19]  # in clock ticks after the boot
+    except OSError:  # of another pid namespace, or hidden
+        return None
+    return f"\0django_promports/step-down/{hmac.new(key, f'step-down {pid} {began}'.encode(), 'sha256').hexdigest()}"
 
 
 def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
@@ -193,10 +226,6 @@ def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
         sign.close()
         return None
     return sign
-
-
-def _door_name(pid: int) -> str:
-    return f"\0django_promports/door/{pid}"
 
 
 def format_waiting(count: int) -> str:

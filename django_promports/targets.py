@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from django_promports import proof
 from django_promports.loop import WRITE, Loop, Steps, attempt, receive, send_all
 from django_promports.ports import resolve
 
@@ -71,11 +72,11 @@ class Seen(NamedTuple):
 
 
 class Site(NamedTuple):
-    """How the endpoints of one site are reached and known."""
+    """How the endpoints of one site are reached and known. Without keys any endpoint that says so is believed."""
 
     project: str
     tls: ssl.SSLContext | None = None
-    token: str | None = None
+    keys: Sequence[bytes] = ()
 
 
 def check_host(host: str) -> str:
@@ -296,11 +297,14 @@ def find_live(
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
-    """Ask a port for a path; only an endpoint of this site is `live`. Raises ValueError if the host has no address."""
+    """Ask a port for a path; only an endpoint that proves to be of this site is `live`.
+
+    Raises ValueError if the host has no address.
+    """
     began = time.monotonic()
     is_about = path.partition("?")[0] == "/"
     try:
-        head, body = yield from _fetch(site, host, port, path, MAX_ABOUT_BYTES if is_about else MAX_ANSWER_BYTES)
+        probe, head, body = yield from _fetch(site, host, port, path, MAX_ABOUT_BYTES if is_about else MAX_ANSWER_BYTES)
     except socket.gaierror:
         raise ValueError(f"{host!r} has no address") from None
     except ConnectionRefusedError:
@@ -313,20 +317,23 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
         return Answer("other", seconds=seconds, reason=reason)
 
     lines = head.decode("latin-1").split("\r\n")
-    if not lines[0].startswith("HTTP/1.") or f"Server: {APPLICATION}" not in lines:
+    status = re.match(r"HTTP/1\.[01] (\d{3}) ", lines[0])
+    if not status or f"Server: {APPLICATION}" not in lines:
         return other("another program has the port")
-    if not re.match(r"HTTP/1\.[01] 200 ", lines[0]):
-        return other(f"the endpoint answers {lines[0][9:]!r}")
-    if not is_about:
-        return Answer("live", body=body, seconds=seconds)
-    try:
-        about = json.loads(body)
-        application, project = about["application"], about["project"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return other("it answers garbage")
-    if application != APPLICATION or project != site.project:
-        return other(f"it is the endpoint of another site, {project!r}")
-    return Answer("live", about, body, seconds)
+    header = next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{proof.ANSWER}:")), "")
+    doubt = proof.check_answer(probe, header, int(status[1]), body)
+    if status[1] != "200":
+        return other(f"the endpoint answers {lines[0][9:89]!r}" + (f": {doubt}" if doubt else ""))
+    about: Mapping[str, Any] = {}
+    if is_about:
+        try:
+            about = json.loads(body)
+            application, project = about["application"], about["project"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return other("it answers garbage")
+        if application != APPLICATION or project != site.project:
+            return other(f"it is the endpoint of another site, {project!r:.80}")
+    return other(doubt) if doubt else Answer("live", about, body, seconds)
 
 
 def count_samples(exposition: bytes) -> int:
@@ -346,15 +353,19 @@ def client_tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     return context
 
 
-def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tuple[bytes, bytes]]:
+def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tuple[proof.Probe, bytes, bytes]]:
+    """Return the probe that was sent, and head and body of the answer."""
     sock = yield from _connect(host, port)
     try:
+        target = format_target(host, port)
+        probe = proof.make_probe(site.keys, proof.Asked(sock.getpeername()[0], port, path, target))
         if site.tls:
             sock = tls = site.tls.wrap_socket(sock, do_handshake_on_connect=False)
             yield from attempt(tls, tls.do_handshake, WRITE)
-        lines = [f"GET {path} HTTP/1.1", f"Host: {format_target(host, port)}", "Accept: application/json"]
-        if site.token is not None:
-            lines.append(f"Authorization: Bearer {site.token}")
+        # No token: any program may have the port, and nothing is known of it before it has answered.
+        lines = [f"GET {path} HTTP/1.1", f"Host: {target}", "Accept: application/json"]
+        if site.keys:
+            lines.append(f"{proof.PROBE}: {probe.header}")
         yield from send_all(sock, "\r\n".join([*lines, "Connection: close", "", ""]).encode())
         received = bytearray()
         while chunk := (yield from receive(sock)):
@@ -364,7 +375,7 @@ def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tup
     finally:
         sock.close()
     head, _, body = bytes(received).partition(b"\r\n\r\n")
-    return head, body
+    return probe, head, body
 
 
 def _connect(host: str, port: int) -> Steps[socket.socket]:

@@ -91,7 +91,7 @@ def _on_handler() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
-            ports.relieve_parent(STEP_DOWN_SECONDS)
+            ports.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
             _claim()
     except Exception:
         logger.exception("This process (pid %s) claims no metrics port before its first request.", os.getpid())
@@ -221,12 +221,23 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
         activity=Activity(_book.registry, conf.metric_namespace),
         tls=conf.server_tls(),
         read_token=conf.read_token,
+        read_keys=conf.read_keys,
+        host=conf.PROMPORTS_TARGET_HOST,
+        claimed_at=process.claimed_at,
     )
     own_metrics().port.set(claim.port)
     own_metrics().waiting.set_function(lambda: ports.count_waiting(port_range))
-    if not process.is_worker and (door := ports.open_door()):
-        endpoint.hold(_await_child(process, door), door)
+    if not process.is_worker and (listener := ports.open_step_down(_read_first_key())):
+        endpoint.hold(partial(_await_child, process, listener), listener)
     return endpoint
+
+
+def _read_first_key() -> bytes:
+    """Return the best key of the site; nothing where it has none, or where a wrong setting hides it."""
+    try:
+        return next(conf.read_keys(), b"")
+    except Exception:  # the claim says what is wrong
+        return b""
 
 
 def _describe(claimed: int) -> Any:
@@ -330,15 +341,15 @@ def _after_fork_in_child() -> None:
         _claim(at_once=os.geteuid() != 0)
 
 
-def _await_child(process: Holder, door: socket.socket) -> Steps[None]:
+def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
     """Free the port of a supervisor, which loads the site and serves nothing, when a child comes that claims.
 
     Supervisors that fork are known by that; this is for those that spawn, like hypercorn's with --reload.
     """
     while not process.is_worker:
-        yield door, READ
+        yield listener, READ
         with suppress(OSError):
-            peer, _ = door.accept()
+            peer, _ = listener.accept()
             if ports.is_child(peer) and not process.is_worker:
                 threading.Thread(target=_step_down, args=[process, peer], daemon=True).start()
                 return

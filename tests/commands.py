@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from io import StringIO
 
 from django.core.management import call_command
 from prometheus_client import CollectorRegistry
 
-from django_promports import ports
+from django_promports import ports, proof
 from django_promports.activity import Activity
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
@@ -56,10 +57,11 @@ def endpoint(
     project: str | None = None,
     tls: ssl.SSLContext | None = None,
     token: str | None = None,
+    keys: Sequence[bytes] | None = None,
     registry: CollectorRegistry | None = None,
     **about: object,
 ) -> Iterator[int]:
-    """Serve an endpoint on the lowest free port: this site's, unless another project is named."""
+    """Serve an endpoint on the lowest free port: this site's, unless another project is named, or other keys are."""
     claim = ports.claim("127.0.0.1", range_)
     described = {"application": "django_promports", "project": project or conf.project, **about}
     served = Endpoint(
@@ -71,6 +73,7 @@ def endpoint(
         activity=Activity(registry or CollectorRegistry()),
         tls=tls,
         read_token=lambda: token,
+        read_keys=conf.read_keys if keys is None else lambda: keys,
     )
     served.start()
     try:
@@ -87,6 +90,18 @@ def _find_none(loop: Loop) -> Steps[bytes]:
 def look_nowhere(loop: Loop) -> Steps[Look]:
     yield from ()
     return Look(conf.project, (), [], 0, "http://127.0.0.1")
+
+
+def sign(request: bytes, body: bytes) -> bytes:
+    """Return what an endpoint of this site answers to a probe, as a test that plays one sends it."""
+    lines = request.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+    host = headers["Host"]
+    asked = proof.Asked("127.0.0.1", int(host.rpartition(":")[2]), lines[0].split()[1], host)
+    probe = proof.check_probe(headers[proof.PROBE], conf.read_keys(), asked, host="", age=60)
+    assert isinstance(probe, proof.Proof), probe
+    mac = proof.sign_answer(probe, 200, sha256(body).digest())
+    return f"HTTP/1.1 200 OK\r\nServer: django_promports\r\n{proof.ANSWER}: {mac}\r\n\r\n".encode() + body
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ctypes
 import gzip
 import http.client
 import json
 import logging
 import os
+import random
 import socket
 import ssl
 import subprocess
@@ -23,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
+from django_promports import thread as thread_module
 from django_promports.activity import Activity
 from django_promports.endpoint import MAX_CONNECTIONS, MAX_HEADER_BYTES, Endpoint
 from django_promports.exposition import Exposition
@@ -191,7 +195,7 @@ def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., S
     def find(loop: Loop) -> Steps[bytes]:
         asked.set()
         found.append(1)
-        while len(loop._flights["/targets"].passengers) < 5:
+        while len(loop._shared["/targets"].joiners) < 5:
             yield from loop.give_way()
         return b'[{"targets": []}]'
 
@@ -244,6 +248,131 @@ def test_a_malformed_request_is_refused_and_the_next_scrape_served(
     assert answer.status == status
     assert own_metrics().refused._value.get() == refused + 1
     assert served.ask()[0] == 200
+
+
+ODD_PARAMETERS = [
+    "boundary*=undefined'x'y",
+    "boundary*=" + "9" * 5000 + "'x'y",
+    f"boundary*{'9' * 5000}=x",
+    "boundary*=a\0b'x'y",
+    "boundary*0*=utf-7'x'+AAA-; boundary*1*=%ff",
+    "boundary*=idna'x'%ff",
+]
+
+
+@pytest.mark.parametrize("parameter", ODD_PARAMETERS, ids=range(len(ODD_PARAMETERS)))
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_a_header_that_the_parser_cannot_read_is_answered_and_costs_nobody_else_anything(
+    parameter: str,
+    tls: bool,
+    serve: Callable[..., Served],
+    certificates: Certificates,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = serve(tls=certificates.server, client_tls=certificates.client) if tls else serve()
+
+    statuses = [served.ask(Content_Type=f"multipart/x; {parameter}")[0] for _ in range(20)]
+
+    assert set(statuses) <= {200, 400}
+    assert served.ask()[0] == 200
+    assert not caplog.records
+
+
+CHARSETS = ["undefined", "idna", "utf-7", "punycode", "rot13", "us-ascii", "a\0b", "9" * 400, "=?utf-8?q?x?=", "", "x"]
+PIECES = [
+    "'",
+    "''",
+    '"',
+    ";",
+    ",",
+    "\\",
+    "%",
+    "%ff",
+    "%zz",
+    "\0",
+    "\t",
+    "\xff",
+    "(",
+    ")",
+    "x",
+    "y",
+    "9" * 4400,
+    "=",
+    "*",
+]
+
+
+def test_any_header_parameter_is_parsed_or_refused() -> None:
+    chance = random.Random(9)
+    outcomes = dict.fromkeys((200, 400), 0)
+
+    def parameter() -> str:
+        name = chance.choice(["boundary", "boundary", "charset", "q", "filename", "x"])
+        name += "".join(chance.choices(["*", "*0", "*1", "*9" + "9" * 4400, ""], [4, 2, 1, 1, 2], k=2))
+        begin = f"{chance.choice(CHARSETS)}'{chance.choice(['', 'en', '%'])}'" if chance.random() < 0.5 else ""
+        return f"; {name}={begin}{''.join(chance.choices(PIECES, k=chance.randint(0, 4)))}"
+
+    headers = ["Content-Type: multipart/x", "Content-Type: text/x", "Content-Disposition: form-data", "Accept: */*"]
+    headers += ["Content-Transfer-Encoding: base64", "Connection: close", "Expect: 100-continue", "Content-Length: 1"]
+    for _ in range(10_000):
+        lines = [chance.choice(headers) + "".join(parameter() for _ in range(chance.randint(0, 3))) for _ in range(2)]
+        head = "\r\n".join(["GET /metrics HTTP/1.1", *lines, "", ""]).encode("latin-1")
+        request = endpoint_module.Request(head[: endpoint_module.MAX_HEADER_BYTES])
+        outcomes[request.error.status if request.error else 200] += 1
+        if request.error is None:
+            assert isinstance(request.header("Accept"), str)
+
+    assert min(outcomes.values()) > 100
+
+
+def stream(served: Served, begin: bytes, over: threading.Event, counts: list[int]) -> None:
+    """Send without end, and connect again wherever the connection is closed."""
+    while not over.is_set():
+        with contextlib.suppress(OSError), served.connect() as sock, contextlib.ExitStack() as stack:
+            if served.tls:
+                sock = stack.enter_context(served.tls.wrap_socket(sock, server_hostname="localhost"))
+            sock.sendall(begin)
+            while not over.is_set():
+                counts.append(sock.send(b"x" * 65536))
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_peers_that_send_without_end_do_not_keep_scrapes_from_their_answers(
+    tls: bool, serve: Callable[..., Served], certificates: Certificates
+) -> None:
+    served = serve(tls=certificates.server, client_tls=certificates.client) if tls else serve()
+    over, counts = threading.Event(), list[int]()
+    begins = [b"GET /nothing HTTP/1.1\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET /metrics HTTP/1.1\r\nX: "]
+    crowd = [threading.Thread(target=stream, args=[served, begin, over, counts]) for begin in [*begins, begins[0]]]
+    for thread in crowd:
+        thread.start()
+    try:
+        wait_until(lambda: len(counts) > 50, "they stream")
+        sent = sum(counts)
+
+        # Before, each of these took as long as a stream lasted.
+        assert [served.ask(seconds=5)[0] for _ in range(30)] == [200] * 30
+
+        wait_until(lambda: sum(counts) > sent, "they still stream")
+    finally:
+        over.set()
+        for thread in crowd:
+            thread.join()
+
+
+def test_what_a_peer_sends_after_its_answer_is_read_up_to_a_limit(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_module, "LINGER_SECONDS", 600.0)
+    served = serve()
+    with served.connect() as sock:
+        sock.sendall(b"GET /nothing HTTP/1.1\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(OSError):  # a reset, or a broken pipe
+            while True:
+                sent += sock.send(b"x" * 65536)
+
+        assert sent >= endpoint_module.MAX_LINGER_BYTES
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
@@ -426,6 +555,157 @@ def test_scrapes_share_a_render_if_they_ask_for_the_same(
     assert len(answers) == 8
     assert len(collected) < 8
     assert len(set(answers)) == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, MemoryError, KeyboardInterrupt])
+def test_an_answer_that_raises_anything_costs_only_itself(
+    error: type[BaseException], serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    def describe() -> dict[str, object]:
+        raise error
+
+    served = serve(about=describe)
+
+    statuses = []
+    for _ in range(20):
+        try:
+            statuses.append(served.ask("/")[0])
+        except (OSError, http.client.HTTPException):
+            statuses.append(0)
+
+    assert set(statuses) == {0 if error is KeyboardInterrupt else 500}
+    assert served.ask()[0] == 200
+    assert len(caplog.records) == 1
+
+
+def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise an error in the thread, wherever it is, as debuggers and time limits do."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error))
+
+
+def endpoint_thread() -> threading.Thread | None:
+    return next((thread for thread in threading.enumerate() if thread.name == "promports-endpoint"), None)
+
+
+def test_a_thread_that_anything_ends_is_replaced_and_it_is_said_once(
+    serve: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve()
+    for error in (SystemExit, RuntimeError, asyncio.CancelledError, MemoryError):
+        thread = endpoint_thread()
+        assert thread is not None
+
+        def is_replaced(thread: threading.Thread = thread, error: type[BaseException] = error) -> bool:
+            raise_in(thread, error)  # if it hits a conversation, it costs only that one
+            with contextlib.suppress(OSError), served.connect():  # it comes with the next step
+                pass
+            return not thread.is_alive() and endpoint_thread() is not None
+
+        wait_until(is_replaced, "another thread goes on")
+        assert served.ask()[0] == 200
+    served.endpoint.pause()
+    assert endpoint_thread() is None
+    served.endpoint.start()
+    assert served.ask()[0] == 200
+    served.endpoint.stop()
+    assert endpoint_thread() is None
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "promports-endpoint ended" in line] == said[:1]
+    assert "ended (SystemExit); another one goes on" in said[0]
+
+
+def test_an_error_that_comes_at_any_moment_leaves_the_endpoint_answering(
+    serve: Callable[..., Served], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_module, "MAX_BACKOFF_SECONDS", 0.0)
+    served = serve()
+    before = len(os.listdir("/proc/self/fd"))
+    chance = random.Random(9)
+    for _ in range(150):
+        wait_until(lambda: _answers(served), "the endpoint answers")
+        thread = endpoint_thread()
+        assert thread is not None
+        with contextlib.suppress(OSError), served.connect() as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            # Somewhere in the middle of that; where exactly is left to chance.
+            for _ in range(chance.randrange(2000)):
+                pass
+            raise_in(thread, SystemExit)
+
+    wait_until(lambda: _answers(served), "the endpoint answers")
+    # One that comes in the middle of Python's own accept() costs a descriptor, which nobody knows then.
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 15, "nearly all descriptors are closed", 5)
+    assert len(caplog.records) < 10
+
+
+def test_a_thread_that_cannot_live_does_not_spin(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = []
+
+    def turn(loop: Loop) -> None:
+        turns.append(1)
+        raise OSError("the kernel has no more of it")
+
+    served = serve()
+    # A selector that always fails is beyond what a test can bring about.
+    monkeypatch.setattr(Loop, "turn", turn)
+    served.endpoint._loop.wake()
+    wait_until(lambda: len(turns) > 3, "it was tried a few times")
+    spent = time.process_time()
+    time.sleep(1)
+
+    assert time.process_time() - spent < 0.5
+    assert len(turns) < 20
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    wait_until(lambda: _answers(served), "it answers once that is over")
+
+
+def _answers(served: Served) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return served.ask(seconds=1)[0] == 200
+    return False
+
+
+def test_a_greenlet_that_is_killed_is_replaced() -> None:
+    script = """
+from gevent import monkey; monkey.patch_all()
+import gc, gevent, greenlet, threading, urllib.request
+from prometheus_client import REGISTRY
+from django_promports import ports
+from django_promports.activity import Activity
+from django_promports.endpoint import Endpoint
+from django_promports.exposition import Exposition
+from django_promports.values import Book
+claim = ports.claim("127.0.0.1", [int(__import__("sys").argv[1])])
+exposition, activity = Exposition(Book()), Activity(REGISTRY)
+endpoint = Endpoint(claim.listener, about=dict, find_targets=None, look=None, exposition=exposition, activity=activity)
+endpoint.start()
+url = f"http://127.0.0.1:{claim.port}/metrics"
+for _ in range(3):
+    assert urllib.request.urlopen(url, timeout=10).status == 200
+    (found,) = [t for t in threading.enumerate() if t.name == "promports-endpoint"]
+    greenlets = [found for found in gc.get_objects() if isinstance(found, gevent.Greenlet) and not found.dead]
+    gevent.killall([found for found in greenlets if found is not gevent.getcurrent()], timeout=10)
+    gevent.sleep(0.5)
+assert urllib.request.urlopen(url, timeout=10).status == 200
+endpoint.stop()
+print("DONE")
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(port)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.stdout.strip() == "DONE", done.stderr
+    assert done.stderr.count("promports-endpoint ended (GreenletExit)") == 1
 
 
 def test_without_the_token_nothing_is_served(serve: Callable[..., Served]) -> None:

@@ -29,8 +29,9 @@ from pytest_django import Settings
 import django_promports
 from django_promports import targets
 from django_promports.ports import announce_waiting
+from django_promports.proof import REFUSALS
 from django_promports.stopping import stop_signals
-from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python
+from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python, sign
 from tests.servers import ROOT, SECONDS, Child, manage, running
 
 # Nothing is claimed where these two are used.
@@ -535,8 +536,7 @@ def test_a_watch_outlives_a_folder_that_is_gone_for_a_while_and_says_so_once(fre
 
 
 def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, folder: Path) -> None:
-    about = {"application": "django_promports", "project": "demo_site.settings"}
-    answer = f"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n{json.dumps(about)}".encode()
+    about = json.dumps({"application": "django_promports", "project": "demo_site.settings"}).encode()
     with contextlib.ExitStack() as stack:
         overloaded, _ = (stack.enter_context(socket.create_server(("127.0.0.1", port))) for port in free_ports[:2])
         overloaded.settimeout(SECONDS)
@@ -547,8 +547,7 @@ def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, 
 
         def answer_a_look() -> bool:
             with overloaded.accept()[0] as peer:
-                peer.recv(65536)
-                peer.sendall(answer)
+                peer.sendall(sign(peer.recv(65536), about))
             return lists(free_ports[0])
 
         child.wait_until(answer_a_look, "the worker is listed, and not the program that says nothing")
@@ -644,7 +643,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         stack.enter_context(answering(free_ports[2], garbage))
         stack.enter_context(socket.create_server(("127.0.0.1", free_ports[3])))
         stack.enter_context(endpoint(free_ports, project="another"))
-        stack.enter_context(endpoint(free_ports, token="of another"))
+        stack.enter_context(endpoint(free_ports, token="of another", keys=[b"of another"]))
         stack.enter_context(endpoint(free_ports, registry=registry, pid=2))
         stack.callback(slow.go_on.set)
 
@@ -656,7 +655,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         [str(free_ports[2]), "other", "it answers garbage"],
         [str(free_ports[3]), "silent", "no answer in 2 s"],
         [str(free_ports[4]), "other", "it is the endpoint of another site, 'another'"],
-        [str(free_ports[5]), "other", "the endpoint answers '401 Unauthorized'"],
+        [str(free_ports[5]), "other", f"the endpoint answers '401 Unauthorized': {REFUSALS['key']}"],
         [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 2 s"],
     ]
     assert wrong == "Not all is well: 6 of 7 ports cannot be scraped."

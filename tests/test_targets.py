@@ -562,19 +562,19 @@ def test_more_targets_than_are_asked_at_once_are_answered_in_order(free_ports: r
 
 
 @pytest.mark.parametrize(
-    ("token", "with_tls", "state"),
-    [("right", True, "live"), ("wrong", True, "other"), (None, True, "other"), ("right", False, "other")],
+    ("keys", "with_tls", "state"),
+    [([b"right"], True, "live"), ([b"wrong"], True, "other"), ([], True, "other"), ([b"right"], False, "other")],
 )
-def test_an_endpoint_with_tls_and_a_token_is_live_to_who_has_both(
-    token: str | None, with_tls: bool, state: str, free_ports: range, tmp_path: Path
+def test_an_endpoint_with_tls_and_a_token_is_live_to_who_speaks_tls_and_has_a_key(
+    keys: list[bytes], with_tls: bool, state: str, free_ports: range, tmp_path: Path
 ) -> None:
     issued = trustme.CA().issue_cert("127.0.0.1")
     issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
-    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None) if with_tls else None, token)
+    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None) if with_tls else None, keys)
     server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     issued.configure_cert(server_tls)
 
-    with endpoint(free_ports, project="this", tls=server_tls, token="right") as port:
+    with endpoint(free_ports, project="this", tls=server_tls, token="s3cret", keys=[b"right"]) as port:
         assert _ask(port, site).state == state
 
 

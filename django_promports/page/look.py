@@ -49,7 +49,7 @@ def look(loop: Loop, site: Site, address: str, ports: Sequence[int], origin: str
     """Ask each port what it does."""
     answers = yield from ask_all(loop, site, [(address, port) for port in ports], "/?activity")
     workers = [read(port, answer) for port, answer in zip(ports, answers, strict=True) if answer.state != "free"]
-    return Look(site.project, ports, workers, count_waiting(ports), None if site.token else origin)
+    return Look(site.project, ports, workers, count_waiting(ports), origin)
 
 
 def make_origin(scheme: str, host: str) -> str:
