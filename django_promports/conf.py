@@ -101,8 +101,9 @@ class Conf:
 
     @property
     def middleware(self) -> list[str]:
-        """The dotted paths of the site's middleware."""
-        return list(settings.MIDDLEWARE)
+        """The dotted paths of the site's middleware; none where the setting is not a list or a tuple."""
+        value = settings.MIDDLEWARE
+        return list(value) if isinstance(value, list | tuple) else []  # Django itself says what is wrong
 
     @property
     def metric_namespace(self) -> str:
