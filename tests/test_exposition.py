@@ -54,7 +54,7 @@ FORMATS = [
     OPENMETRICS,
     "text/plain;version=0.0.4",
     "application/openmetrics-text",
-    "application/openmetrics-text;version=2.0.0",
+    "application/openmetrics-text;version=1.0.0",
     *(f"application/openmetrics-text;version=1.0.0;escaping={escaping}" for escaping in ESCAPINGS),
     *(f"text/plain;version=1.0.0;escaping={escaping}" for escaping in ESCAPINGS),
 ]
