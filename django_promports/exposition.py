@@ -532,10 +532,6 @@ class _Family:
                 for block in chain(*section.blocks):
                     block.state = None
 
-    def is_whole(self) -> bool:
-        """Whether every child can be shown."""
-        return not any(block.silent for section in self.sections for block in chain(*section.blocks))
-
     def update(self, form: _Form, turn: _Turn, sources: list[tuple[Any, list[Any]]], kind: _Kind) -> Steps:
         for section in self.sections:
             del section.blocks[len(sources) :]
@@ -545,16 +541,20 @@ class _Family:
                 for block in section.blocks[which]:
                     yield from section.refresh(form, turn, block, source, kind)
 
-    def write(self, body: _Body, turn: _Turn) -> Steps:
+    def write(self, body: _Body, turn: _Turn) -> Generator[None, None, bool]:
+        """Write it; return whether every child could be shown."""
+        silent = 0
         for section in self.sections:
             if section is self.sections[0] or any(section.blocks):
                 body.write(section.header)
             for blocks in section.blocks:
                 for block in blocks:
+                    silent += block.silent
                     shown = len(block.children) - block.silent
                     body.write_block(block, shown * (section.slots + section.has_created))
                     if turn.is_over():
                         yield from turn.rest()
+        return not silent
 
 
 class _Body:
@@ -748,8 +748,8 @@ class Exposition:
             series = unmade and unmade.series.copy()  # first, as in list_unmade()
             collected = list(collector.collect())
             if scrape.names:
-                collected = [metric._restricted_metric(scrape.names) for metric in collected]
-            collected = [metric for metric in collected if metric]
+                restricted = (metric._restricted_metric(scrape.names) for metric in collected)
+                collected = [metric for metric in restricted if metric is not None]
             for metric in collected:
                 scrape.shown.add(metric.name)
                 if unmade and series and metric.name == unmade.family.name:
@@ -765,20 +765,23 @@ class Exposition:
 
     def _expose_unmade(self, scrape: _Scrape, family: Family) -> Steps:
         """Expose a metric that only the ledger has, or had when the scrape began."""
-        doubt = None
-        if not scrape.names:
+        try:
+            metric = make_metric(family)
             buckets = {"buckets": family.bounds} if family.type == "histogram" else {}
             name = f"{family.name}_total" if family.type == "counter" else family.name
             cls, more = TYPES[family.type], {"unit": family.unit, "registry": None, **buckets}
-            made = _Made(cls(name, family.help, family.labelnames, **more), None, with_exemplars=False)
+            made = _Made(cls(name, family.help, family.labelnames, **more), with_exemplars=False)
+        except Exception:
+            self._fail(family, "%s, which the ledger has, is no metric; it is missing, the others are served.")
+            return
+        doubt = None
+        if not scrape.names:
+            series = family.series.copy()
             try:
-                yield from self._expose_known(
-                    scrape, family, made, lambda: ([], list(family.series.copy().items())), family
-                )
+                yield from self._expose_known(scrape, family, made, lambda: ([], list(series.items())), family)
                 return
             except _Unknown as unknown:
                 doubt = unknown.__cause__
-        metric = make_metric(family)
         add_samples(metric, family, family.series.copy(), scrape.names)
         if metric.samples:
             yield from self._write(scrape, family, [metric], doubt)
@@ -817,9 +820,9 @@ class Exposition:
                 raise _Unknown from None
             family.sections = []
             raise _Unknown from error
-        yield from family.write(scrape.body, turn)  # only now, when nothing can fail any more
+        is_whole = yield from family.write(scrape.body, turn)  # only now, when nothing can fail any more
         scrape.shown.add(metric._name)
-        if not family.is_whole():
+        if not is_whole:
             self._fail(key, "%s has series whose labels UTF-8 cannot encode; they are left out, the others are served.")
 
     def _find_family(self, scrape: _Scrape, key: object, metric: Any) -> Generator[None, None, _Family]:

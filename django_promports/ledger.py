@@ -90,7 +90,8 @@ class Family:
     """What the series of one metric have in common, and the first cell of each, by label values.
 
     It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
-    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError.
+    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
+    values a series has.
     """
 
     number: int
@@ -102,16 +103,15 @@ class Family:
     bounds: tuple[str, ...]
     series: dict[tuple[str, ...], int] = field(repr=False)
     cells: memoryview[float] = field(repr=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.width = {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
 
     @property
     def shape(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         """What has to stay the same for its numbers to mean the same."""
         return self.type, self.labelnames, self.bounds
-
-    @property
-    def width(self) -> int:
-        """How many values a series has."""
-        return {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
 
     @property
     def growing(self) -> slice:
@@ -303,8 +303,7 @@ class Ledger:
         elif what == "family":
             name, type_, help_, unit, labelnames, bounds = rest
             "".join([name, unit, *labelnames]).encode()
-            if self._hold(name, type_, help_, unit, tuple(labelnames), tuple(bounds)).width < 1:
-                raise ValueError("width")
+            self._hold(name, type_, help_, unit, tuple(labelnames), tuple(bounds))
         elif what == "forget":
             family = self._by_number[rest[0]]
             if len(rest) > 1:
