@@ -146,10 +146,13 @@ def test_the_next_holder_goes_on_counting(seal: bool, path: Path, caplog: pytest
         counted = fill(ledger)
 
     with opened(path, seal=seal) as ledger:
-        found, families = read(ledger), [
-            (family.number, family.name, family.type, family.help, family.unit, family.labelnames, family.bounds)
-            for family in ledger.families.values()
-        ]
+        found, families = (
+            read(ledger),
+            [
+                (family.number, family.name, family.type, family.help, family.unit, family.labelnames, family.bounds)
+                for family in ledger.families.values()
+            ],
+        )
         count(ledger, ledger.families["apples"], ("kind 1",), 10)
         count(ledger, ledger.families["apples"], ("new",), 1)
 
