@@ -1,32 +1,40 @@
-"""A registry to bytes, scrape after scrape: what does not change in between is kept, only what changed is made anew.
+"""A registry to bytes, scrape after scrape: what does not change in between is kept.
 
 The children of a metric stand in blocks. A block has a template for each child (its lines without the numbers), the
 numbers of the last scrape and the text that they made. The templates come from prometheus_client, which is asked to
 expose a child that stands in for the others; filling them in must give the same text again. Where it does not, and
 for every collector of another kind, prometheus_client does it all.
+
+A scrape gives the interpreter up again and again, and the site goes on making, removing and registering meanwhile. So
+it decides at its beginning which metrics it shows, and reads each from the family that the metric has then.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import re
+import sys
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from io import BytesIO
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from threading import Lock
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, metrics, values
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 from prometheus_client.values import MutexValue
 
-from django_promports.ledger import STATE, Family, Ledger
-from django_promports.values import Book, CellValue, list_samples
+from django_promports.ledger import Family, Ledger
+from django_promports.values import Book, CellValue, Unmade, add_samples, is_known, make_metric
 
 logger = logging.getLogger("django_promports")
 
@@ -50,7 +58,11 @@ MANY_CHILDREN = 500
 FEW_SAMPLES = 16
 # What makes a metric's samples; a class or an object that has its own is not the one this module knows.
 METHODS = ("collect", "_samples", "_multi_samples", "_child_samples")
+# In the place of a number whose child cannot be shown: it makes no text.
+SILENCE = b"%.0b"
+VERSION = re.compile(r"(?<=version=)[^;,]+")
 
+T = TypeVar("T")
 Steps = Generator[None, None, None]
 # The numbers of a block's children, one child after the other: as objects, or as the bytes of their cells.
 _State = list[Any] | bytes
@@ -58,6 +70,35 @@ _State = list[Any] | bytes
 
 class _Unknown(Exception):
     """prometheus_client has to expose this collector itself."""
+
+
+class _Failed(Exception):
+    """Code of the site raised what is no Exception, like SystemExit or gevent's Timeout."""
+
+
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    """Call what may run code of the site: whatever that raises is an Exception here, and no end of this thread."""
+    try:
+        return function(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise _Failed(type(error).__name__) from error
+
+
+def bound_versions(accept: str) -> str:
+    """Return an Accept header that asks for no newer version than prometheus_client writes, whatever it asked for.
+
+    prometheus_client calls its text by the version that was asked for, and takes none that is no number.
+    """
+
+    def bound(version: re.Match[str]) -> str:
+        numbers = version[0].strip().split(".")
+        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            return "0"
+        return version[0] if tuple(map(int, numbers)) < (1, 0, 0) else "1.0.0"
+
+    return VERSION.sub(bound, accept)
 
 
 class _Turn:
@@ -92,6 +133,7 @@ def _text(number: Any) -> bytes:
 
 
 def _escape(label: str) -> bytes:
+    label = str.__str__(label)  # not what a subclass makes of it
     return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"").encode()
 
 
@@ -164,26 +206,12 @@ KINDS: dict[type, _Kind] = {
 TYPES: dict[str, type] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
 
 
-class _Cells:
-    """Reads the values of a family's series where the ledger has them, side by side, as bytes."""
-
-    def __init__(self, ledger: Ledger, family: Family) -> None:
-        self._cells, self._end, self.family = ledger.cells, STATE + family.width, family
-
-    def read(self, firsts: list[int]) -> bytes:
-        cells, end = self._cells, self._end
-        return b"".join([cells[first + STATE : first + end] for first in firsts])
-
-    def created(self, first: int) -> float:
-        return float(self._cells[first])
-
-
 class _Made:
     """Reads the children that this process has made."""
 
-    def __init__(self, collector: Any, cells: _Cells | None = None, *, with_exemplars: bool) -> None:
+    def __init__(self, collector: Any, family: Family | None = None, *, with_exemplars: bool) -> None:
         self.collector, self.kind = collector, KINDS[type(collector)]
-        self._cells = cells
+        self.family = family
         self._exemplars = self.kind.exemplars if with_exemplars else None
         self._is_gauge = isinstance(collector, Gauge)
         self._function = type(collector)._child_samples
@@ -200,14 +228,14 @@ class _Made:
 
     def find(self, children: list[Any]) -> list[int]:
         """Return the first cell of each child in the ledger; none if one of them is not there."""
-        series = self._cells.family.series if self._cells else {}
+        series = self.family.series if self.family else {}
         firsts = [series.get(tuple(child._labelvalues), -1) for child in children if series]
         return [] if -1 in firsts else firsts
 
-    def read(self, block: _Block) -> tuple[_State, bool]:
-        """Return numbers, with exemplars if there are any, and whether there are."""
-        if block.firsts and self._cells and not (self._exemplars and CellValue.has_exemplars):
-            return self._cells.read(block.firsts), False
+    def read(self, block: _Block) -> tuple[_State, list[Any]]:
+        """Return numbers, followed by exemplars if there are any, and those once more."""
+        if block.firsts and self.family and not (self._exemplars and CellValue.has_exemplars):
+            return self.family.read(block.firsts), []
         children = block.children
         numbers = self.kind.numbers(children)
         if self._is_gauge:
@@ -216,8 +244,8 @@ class _Made:
             # 0.0 equals -0.0 and does not look like it. Only gauges get there.
             numbers = [number or repr(number) for number in numbers]
         if self._exemplars is not None and any(exemplars := self._exemplars(children)):
-            return numbers + exemplars, True
-        return numbers, False
+            return numbers + exemplars, exemplars
+        return numbers, []
 
     def collect(self, child: Any) -> Metric:
         """Return the metric as if it had this child only."""
@@ -232,20 +260,20 @@ class _Made:
 class _Unmade:
     """Reads series that are in the ledger only: pairs of label values and first cell."""
 
-    def __init__(self, cells: _Cells) -> None:
-        self._cells = cells
+    def __init__(self, family: Family) -> None:
+        self._family = family
 
     def labels(self, series: Any) -> tuple[str, ...]:
         return tuple(series[0])
 
     def created(self, many: list[Any]) -> list[float]:
-        return [self._cells.created(first) for _, first in many]
+        return [self._family.cells[first] for _, first in many]
 
     def find(self, many: list[Any]) -> list[int]:
         return [first for _, first in many]
 
-    def read(self, block: _Block) -> tuple[_State, bool]:
-        return self._cells.read(block.firsts), False
+    def read(self, block: _Block) -> tuple[_State, list[Any]]:
+        return self._family.read(block.firsts), []
 
     def collect(self, series: Any) -> Metric:
         raise _Unknown
@@ -254,21 +282,27 @@ class _Unmade:
 class _Block:
     """Some children of a metric, in the metric's order."""
 
-    __slots__ = ("children", "created", "firsts", "lengths", "packed", "plain", "size", "state", "templates")
+    __slots__ = ("children", "created", "firsts", "lengths", "packed", "plain", "silent", "size", "state", "templates")
 
     def __init__(self) -> None:
         self.children: list[Any] = []
         self.templates: list[bytes] = []
+        self.created: list[float | None] = []  # what the templates say
         self.size = 0  # of the templates
+        self.silent = 0  # children that cannot be shown
         self.set_rows([])
         self.firsts: list[int] = []  # cells of the children, while they are read from the ledger
         self.state: _State | None = None
-        self.created: list[float] | None = None
 
-    def set_rows(self, rows: list[bytes]) -> None:
+    def set_rows(self, rows: Sequence[bytes | bytearray]) -> None:
         self.plain = bytearray().join(rows)
         self.lengths = list(map(len, rows))  # of each child's part
         self.packed: bytes | None = None
+
+    def rows(self) -> list[bytes | bytearray]:
+        """Return each child's part of the text."""
+        ends = list(accumulate(self.lengths, initial=0))
+        return [self.plain[begin:end] for begin, end in pairwise(ends)]
 
 
 class _Form:
@@ -278,13 +312,13 @@ class _Form:
         self._encoder, self._with_created = encoder, with_created
         self.end = encoder(_Collected([]))
         self.is_openmetrics = bool(self.end)
-        self.families: dict[Any, _Family] = {}
+        self.families: dict[int, _Family] = {}  # by id() of what they are kept of
         self.packed: dict[bytes, bytes] = {}
         self.counts = _Counts()
         self.used = 0
 
     def encode(self, metric: Metric) -> bytes:
-        return self._encoder(_Collected([metric])).removesuffix(self.end)
+        return _call(self._encoder, _Collected([metric])).removesuffix(self.end)
 
     def drop_created(self, metric: Metric) -> Metric:
         """Leave the _created series out if they are not wanted."""
@@ -328,10 +362,10 @@ class _Section:
                     position = end
                     new.append(block)
                 else:
-                    for child, template in zip(block.children, block.templates, strict=True):
+                    for child, template, created in zip(block.children, block.templates, block.created, strict=True):
                         if position < len(current) and current[position] == child:
                             position += 1
-                            self._put(new, child, template)
+                            self._put(new, child, template, created)
                 if turn.is_over():
                     yield from turn.rest()
             for child in current[position:]:
@@ -343,49 +377,65 @@ class _Section:
 
     def add(self, blocks: list[_Block], source: Any, child: Any) -> None:
         created = source.created([child])[0] if self.has_created else None
-        self._put(blocks, child, self._make_template(source.labels(child), created))
+        self._put(blocks, child, self._make_template(source.labels(child), created), created)
 
-    def _put(self, blocks: list[_Block], child: Any, template: bytes) -> None:
+    def _put(self, blocks: list[_Block], child: Any, template: bytes, created: float | None) -> None:
         if not blocks or blocks[-1].size + len(template) > BLOCK_BYTES:
             blocks.append(_Block())
         block = blocks[-1]
-        block.state = block.created = None
+        block.state = None
         block.children.append(child)
         block.templates.append(template)
+        block.created.append(created)
         block.size += len(template)
+        block.silent += template == self._silence
+
+    @property
+    def _silence(self) -> bytes:
+        return SILENCE * self.slots
 
     def _make_template(self, labels: Sequence[str], created: float | None) -> bytes:
-        texts = {b"%d" % i: _escape(label).replace(b"%", b"%%") for i, label in enumerate(labels)}
+        try:
+            texts = {b"%d" % i: _escape(label).replace(b"%", b"%%") for i, label in enumerate(labels)}
+        except UnicodeEncodeError:  # a lone surrogate
+            return self._silence
         if created is not None:
             texts[b"created"] = _text(created)
         return self.skeleton % texts
 
     def refresh(self, form: _Form, turn: _Turn, block: _Block, source: Any, kind: _Kind) -> Steps:
-        """Make the text of a block anew if anything in it changed."""
+        """Bring the text of a block up to date if anything in it changed."""
         if turn.is_over():
             yield from turn.rest()
         children = block.children
         if block.state is None:
             block.firsts = source.find(children)
-        state, has_exemplars = source.read(block) if self.slots else ([], False)
-        created = source.created(children) if self.has_created else []
-        if state == block.state and created == block.created:
+        if self.has_created and block.created != (created := source.created(children)):  # Counter.reset()
+            for i, moment in enumerate(created):
+                if block.created[i] != moment:
+                    block.templates[i] = self._make_template(source.labels(children[i]), moment)
+            block.created, block.state = created, None
+        state, exemplars = source.read(block) if self.slots else ([], [])
+        if state == block.state:
             return
-        if created != block.created and block.created is not None:  # Counter.reset(), or the ledger's
-            block.state = None
-            pairs = zip(children, created, strict=True)
-            block.templates = [self._make_template(source.labels(child), moment) for child, moment in pairs]
-        if has_exemplars:
-            rows = []
-            for child in children:
-                yield from turn.rest()
-                rows.append(form.encode(form.drop_created(source.collect(child)))[len(self.header) :])
-            block.set_rows(rows)
-        elif self.slots:
-            self._fill(block, state, kind, form.counts)
+        if self.slots:
+            self._fill(block, state[: len(state) - len(exemplars)], kind, form.counts)
         else:
             block.set_rows([template % () for template in block.templates])
-        block.state, block.created = state, created
+        if exemplars:
+            yield from self._add_exemplars(form, turn, block, source, exemplars)
+        block.state = state
+
+    def _add_exemplars(self, form: _Form, turn: _Turn, block: _Block, source: Any, exemplars: list[Any]) -> Steps:
+        """Let prometheus_client make the rows of those children that have exemplars."""
+        rows = block.rows()
+        width = len(exemplars) // len(rows)
+        for i, child in enumerate(block.children):
+            if rows[i] and any(exemplars[i * width : (i + 1) * width]):
+                yield from turn.rest()
+                with suppress(UnicodeEncodeError):  # else the row goes without
+                    rows[i] = form.encode(form.drop_created(source.collect(child)))[len(self.header) :]
+        block.set_rows(rows)
 
     def _fill(self, block: _Block, state: _State, kind: _Kind, counts: _Counts) -> None:
         """Make the text of those children anew whose numbers changed."""
@@ -397,6 +447,8 @@ class _Section:
             changed = [i for i, at in enumerate(firsts) if state[at : at + width] != old[at : at + width]]
         if 2 * len(changed) > len(templates):
             block.set_rows(kind.fill(templates, _decode([state]), self.slots, counts))
+            return
+        if not changed:
             return
         numbers = _decode([state[i * width : (i + 1) * width] for i in changed])
         rows = kind.fill([templates[i] for i in changed], numbers, self.slots, counts)
@@ -417,8 +469,8 @@ def _decode(states: Sequence[Any]) -> list[Any]:
 class _Family:
     """What is kept of a metric: its sections, or none if prometheus_client has to expose it."""
 
-    def __init__(self, methods: tuple[object, ...]) -> None:
-        self.methods = methods
+    def __init__(self, key: object, methods: tuple[object, ...]) -> None:
+        self.key, self.methods = key, methods  # held: while it lives, nothing else has its id()
         self.sections: list[_Section] = []
         self._counted_in: Family | None = None
 
@@ -482,20 +534,27 @@ class _Family:
 
     def update(self, form: _Form, turn: _Turn, sources: list[tuple[Any, list[Any]]], kind: _Kind) -> Steps:
         for section in self.sections:
+            del section.blocks[len(sources) :]
+            section.blocks += [[] for _ in sources[len(section.blocks) :]]
             for which, (source, current) in enumerate(sources):
                 yield from section.align(which, turn, source, current)
                 for block in section.blocks[which]:
                     yield from section.refresh(form, turn, block, source, kind)
 
-    def write(self, body: _Body, turn: _Turn) -> Steps:
+    def write(self, body: _Body, turn: _Turn) -> Generator[None, None, bool]:
+        """Write it; return whether every child could be shown."""
+        silent = 0
         for section in self.sections:
             if section is self.sections[0] or any(section.blocks):
                 body.write(section.header)
             for blocks in section.blocks:
                 for block in blocks:
-                    body.write_block(block, len(block.children) * (section.slots + section.has_created))
+                    silent += block.silent
+                    shown = len(block.children) - block.silent
+                    body.write_block(block, shown * (section.slots + section.has_created))
                     if turn.is_over():
                         yield from turn.rest()
+        return not silent
 
 
 class _Body:
@@ -571,14 +630,16 @@ class _Scrape(NamedTuple):
     body: _Body
     names: frozenset[str]
     turn: _Turn
-    shown: set[str]  # metrics whose unmade series are out
+    ledger: Ledger | None
+    unmade: dict[str, Unmade]  # at its beginning, by metric
+    shown: set[str]  # metrics that are out
 
 
 class Exposition:
     """Renders a registry to bytes, again and again, and keeps what does not change between two scrapes.
 
-    created: False leaves the _created series out. failures: how often a collector raised, which costs its own metrics
-    only. series: how many samples the last exposition of everything had; None before the first.
+    created: False leaves the _created series out. failures: how often a collector or a series was missing because it
+    raised, or made no sense. series: how many samples the last exposition of everything had; None before the first.
     """
 
     def __init__(self, book: Book, *, created: bool = True) -> None:
@@ -588,7 +649,8 @@ class Exposition:
         self._with_created = created
         self._forms: dict[tuple[str, bool], _Form] = {}
         self._scrapes = 0
-        self._failing: set[Any] = set()
+        # By id(), here and below: what the site has written may not even be hashable when it is asked again.
+        self._failing: dict[int, object] = {}
         self._warned = False
 
     def render(
@@ -598,31 +660,37 @@ class Exposition:
 
         It yields wherever it gives up the interpreter, at most SLICE_SECONDS of work apart.
         """
-        encoder, content_type = choose_encoder(accept)
+        encoder, content_type = choose_encoder(bound_versions(accept))
         headers = [("Content-Type", content_type)]
         gzipped = gzip_accepted(accept_encoding)
         if gzipped:
             headers.append(("Content-Encoding", "gzip"))
         wanted = frozenset(names)
+        ledger = self._book.ledger
         try:
             key = (content_type, bool(metrics._use_created and self._with_created))
-            # Who comes while another still renders this format begins anew, rather than to share what is half done.
+            # A concurrent scrape in the same format starts afresh, rather than to share what is not complete.
             kept = None if wanted else self._forms.pop(key, None)
             form = kept or _Form(encoder, with_created=self._with_created)
             body = _Body(form.packed if gzipped else None)
+            scrape = _Scrape(form, body, wanted, _Turn(), ledger, self._book.list_unmade(), set())
             try:
-                yield from self._expose(_Scrape(form, body, wanted, _Turn(), set()))
+                yield from self._expose(scrape)
                 form.packed = body.packed
             finally:
                 if not wanted:
                     self._keep(key, form)
-        except Exception:
-            self._warn("The registry")
+        except Exception as error:
             body = _Body({} if gzipped else None)
-            body.write(encoder(self._book.restricted_registry(wanted) if wanted else self._book))
+            scrape = _Scrape(_Form(encoder, with_created=self._with_created), body, wanted, _Turn(), ledger, {}, set())
+            book = self._book.restricted_registry(wanted) if wanted else self._book
+            collected: list[Metric] = _call(list, book.collect())
+            for metric in collected:
+                yield from self._write(scrape, book, [metric], error)
+            body.write(scrape.form.end)
         else:
-            if not wanted and self._book.ledger is not None:
-                self._book.ledger.note_scrape()
+            if not wanted:
+                self._book.note_scrape(ledger)
         if not wanted:
             self.series = body.samples
         return headers, body.close()
@@ -636,173 +704,240 @@ class Exposition:
         self._forms[key] = form
 
     def _expose(self, scrape: _Scrape) -> Steps:
-        form, body, names, turn, shown = scrape
+        form, body, names, turn, *_ = scrape
         registry = self._book.registry
         if type(registry).collect is not CollectorRegistry.collect or "collect" in vars(registry):
             raise _Unknown
+        # After the unmade series: a metric that is made in between has its series in one of the two.
+        collectors, taken = list(registry._collector_to_names), registry._names_to_collectors.copy()
         if registry.get_target_info() and (not names or "target_info" in names):
-            body.write(form.encode(registry._target_info_metric()))  # type: ignore[no-untyped-call]
-        done: set[Any] = set()
-        while True:
-            # In this order: a metric that is made in between has its series in one of the two.
-            unmade = {name: self._book.list_unmade(name) for name in self._book.unmade_names() if name not in shown}
-            collectors = [collector for collector in self._list_collectors(names) if collector not in done]
-            if not collectors:
-                break
-            for collector in collectors:
-                done.add(collector)
-                if turn.is_over():
-                    yield from turn.rest()
-                yield from self._expose_collector(scrape, collector)
-        for name, series in unmade.items():
-            if series:
-                done.add(name)
-                yield from self._expose_unmade(scrape, name, series)
+            yield from self._write(scrape, registry, [registry._target_info_metric()])  # type: ignore[no-untyped-call]
+        if names:
+            named = {id(taken.get(name)) for name in names - {"target_info"}}
+            named.update(map(id, registry._collectors_without_names))
+            collectors = [collector for collector in collectors if id(collector) in named]
+        for collector in collectors:
+            if turn.is_over():
+                yield from turn.rest()
+            yield from self._expose_collector(scrape, collector)
+        left = [unmade for name, unmade in scrape.unmade.items() if name not in scrape.shown and unmade.fit(taken)]
+        for unmade in left:
+            yield from self._expose_unmade(scrape, unmade.family)
         body.write(form.end)
         if not names:
+            done = {id(one) for one in (registry, *collectors, *(unmade.family for unmade in left))}
             form.families = {key: family for key, family in form.families.items() if key in done}
-            self._failing &= done
-
-    def _list_collectors(self, names: frozenset[str]) -> list[Any]:
-        registry = self._book.registry
-        with registry._lock:
-            collectors = list(registry._collector_to_names)
-            if not names:
-                return collectors
-            named = {registry._names_to_collectors.get(name) for name in names - {"target_info"}}
-            named.update(registry._collectors_without_names)
-        return [collector for collector in collectors if collector in named]
+            self._failing = {key: one for key, one in self._failing.items() if key in done}
 
     def _expose_collector(self, scrape: _Scrape, collector: Any) -> Steps:
-        _, body, names, turn, shown = scrape
-        if not names and type(collector) in KINDS:
-            family = yield from self._find_family(scrape, collector, collector)
+        unmade = scrape.unmade.get(collector._name) if is_known(collector) else None
+        if unmade is not None and not unmade.are_of(collector):
+            unmade = None
+        doubt = None
+        if not scrape.names and type(collector) in KINDS:
+            made = _Made(collector, self._book.find_family(collector), with_exemplars=scrape.form.is_openmetrics)
             try:
-                if family.sections and vars(collector).keys().isdisjoint(METHODS):
-                    if len(vars(collector).get("_metrics", ())) > MANY_CHILDREN:  # to list them takes a while
-                        yield from turn.rest()
-                    children, unmade = self._list_children(collector)
-                    if collector._name in shown:
-                        unmade = []
-                    yield from self._expose_family(scrape, family, collector, children, unmade)
-                    shown.add(collector._name)
-                    return
-            except _Unknown:
-                family.sections = []
-            except Exception:
-                family.sections = []
-                self._warn(collector)
-        try:
-            pieces: list[bytes] = []
-            known = self._book.registry._collector_to_names.get(collector, ())
-            left = {name: self._book.list_unmade(name) for name in known if name not in shown}
-            for metric in list(collector.collect()):
-                if not names or (metric := metric._restricted_metric(names)):
-                    shown.add(metric.name)
-                    yield from self._encode(scrape, metric, left.pop(metric.name, []), pieces)
-            for piece in pieces:
-                body.write(piece)
-                if turn.is_over():
-                    yield from turn.rest()
-        except Exception:
-            self.failures += 1
-            if collector not in self._failing:
-                self._failing.add(collector)
-                logger.exception("The collector %r failed; its metrics are missing, the others are served.", collector)
-
-    def _expose_unmade(self, scrape: _Scrape, name: str, series: list[Any]) -> Steps:
-        """Expose a metric that only the ledger has."""
-        ledger = self._book.ledger
-        if ledger is None:
-            return
-        kept = ledger.families[name]
-        if not scrape.names:
-            buckets = {"buckets": kept.bounds} if kept.type == "histogram" else {}
-            made = f"{name}_total" if kept.type == "counter" else name
-            metric = TYPES[kept.type](made, kept.help, kept.labelnames, unit=kept.unit, registry=None, **buckets)
-            family = yield from self._find_family(scrape, name, metric)
-            if family.sections:
-                yield from self._expose_family(scrape, family, metric, [], series)
+                yield from self._expose_known(
+                    scrape, collector, made, partial(self._list, collector, unmade), unmade and unmade.family
+                )
                 return
-        exposed = Metric(name, kept.help, kept.type, kept.unit)
-        exposed.samples = list_samples(ledger, kept, dict(series), scrape.names or None)
-        pieces: list[bytes] = []
-        if exposed.samples:
-            yield from self._encode(scrape, exposed, [], pieces)
-        for piece in pieces:
-            scrape.body.write(piece)
+            except _Unknown as unknown:
+                doubt = unknown.__cause__
 
-    def _find_family(self, scrape: _Scrape, key: Any, collector: Any) -> Generator[None, None, _Family]:
+        def collect() -> list[Metric]:
+            series = unmade and unmade.series.copy()  # first, as in list_unmade()
+            collected = list(collector.collect())
+            if scrape.names:
+                restricted = (metric._restricted_metric(scrape.names) for metric in collected)
+                collected = [metric for metric in restricted if metric is not None]
+            for metric in collected:
+                scrape.shown.add(metric.name)
+                if unmade and series and metric.name == unmade.family.name:
+                    add_samples(metric, unmade.family, series, scrape.names)
+            return collected
+
+        try:
+            collected = _call(collect)
+        except Exception:
+            self._fail(collector, "The collector %s failed; its metrics are missing, the others are served.")
+        else:
+            yield from self._write(scrape, collector, collected, doubt)
+
+    def _expose_unmade(self, scrape: _Scrape, family: Family) -> Steps:
+        """Expose a metric that only the ledger has, or had when the scrape began."""
+        try:
+            metric = make_metric(family)
+            buckets = {"buckets": family.bounds} if family.type == "histogram" else {}
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            cls, more = TYPES[family.type], {"unit": family.unit, "registry": None, **buckets}
+            made = _Made(cls(name, family.help, family.labelnames, **more), with_exemplars=False)
+        except Exception:
+            self._fail(family, "%s, which the ledger has, is no metric; it is missing, the others are served.")
+            return
+        doubt = None
+        if not scrape.names:
+            series = family.series.copy()
+            try:
+                yield from self._expose_known(scrape, family, made, lambda: ([], list(series.items())), family)
+                return
+            except _Unknown as unknown:
+                doubt = unknown.__cause__
+        add_samples(metric, family, family.series.copy(), scrape.names)
+        if metric.samples:
+            yield from self._write(scrape, family, [metric], doubt)
+
+    def _expose_known(
+        self,
+        scrape: _Scrape,
+        key: object,
+        made: _Made,
+        list_series: Callable[[], tuple[list[Any], list[Any]]],
+        unmade: Family | None,
+    ) -> Steps:
+        """Expose a metric from what is kept of it.
+
+        list_series: returns the children that are made, and the series of `unmade` that are not. Raises _Unknown if
+        prometheus_client has to expose it; its cause is what this module did not expect.
+        """
+        form, turn, metric = scrape.form, scrape.turn, made.collector
+        family = yield from self._find_family(scrape, key, metric)
+        if not family.sections or not vars(metric).keys().isdisjoint(METHODS):
+            raise _Unknown
+        try:
+            if len(vars(metric).get("_metrics", ())) > MANY_CHILDREN:  # to list them takes a while
+                yield from turn.rest()
+            children, series = list_series()
+            family.count_in(made.family)
+            sources: list[tuple[Any, list[Any]]] = [(made, children)]
+            if unmade is not None:
+                sources.append((_Unmade(unmade), series))
+            yield from family.update(form, turn, sources, made.kind)
+        except _Unknown:
+            family.sections = []
+            raise
+        except Exception as error:
+            if self._book.ledger is not scrape.ledger:  # it was closed meanwhile
+                raise _Unknown from None
+            family.sections = []
+            raise _Unknown from error
+        is_whole = yield from family.write(scrape.body, turn)  # only now, when nothing can fail any more
+        scrape.shown.add(metric._name)
+        if not is_whole:
+            self._fail(key, "%s has series whose labels UTF-8 cannot encode; they are left out, the others are served.")
+
+    def _find_family(self, scrape: _Scrape, key: object, metric: Any) -> Generator[None, None, _Family]:
         """Return what is kept of a metric, after a look whether it still is what this module knows."""
-        methods = tuple(getattr(type(collector), name) for name in METHODS)
-        family = scrape.form.families.get(key)
+        methods = tuple(getattr(type(metric), name) for name in METHODS)
+        family = scrape.form.families.get(id(key))
         if family is None or family.methods != methods:
-            family = scrape.form.families[key] = _Family(methods)
+            family = scrape.form.families[id(key)] = _Family(key, methods)
             yield from scrape.turn.rest()
             try:
-                if vars(collector).keys().isdisjoint(METHODS):
-                    family.learn(scrape.form, collector)
+                if vars(metric).keys().isdisjoint(METHODS):
+                    family.learn(scrape.form, metric)
             except _Unknown:
                 pass
-            except Exception:
-                self._warn(collector)
+            except Exception as error:
+                raise _Unknown from error
         return family
 
-    def _expose_family(
-        self, scrape: _Scrape, family: _Family, metric: Any, children: list[Any], unmade: list[Any]
-    ) -> Steps:
-        cells = self._find_cells(metric._name)
-        family.count_in(cells.family if cells else None)
-        made = _Made(metric, cells, with_exemplars=scrape.form.is_openmetrics)
-        sources: list[tuple[Any, list[Any]]] = [(made, children)]
-        if unmade and cells:
-            sources.append((_Unmade(cells), unmade))
-        else:
-            for section in family.sections:
-                section.blocks[1] = []
-        yield from family.update(scrape.form, scrape.turn, sources, made.kind)
-        yield from family.write(scrape.body, scrape.turn)  # only now, when nothing can fail any more
-
-    def _list_children(self, metric: Any) -> tuple[list[Any], list[Any]]:
+    def _list(self, metric: Any, unmade: Unmade | None) -> tuple[list[Any], list[Any]]:
         """Return the children of a metric, and its series that only the ledger has; each is one or the other."""
-        if not metric._labelnames:
-            return [metric], self._book.list_unmade(metric._name)
-        with metric._lock:
-            return list(metric._metrics.values()), self._book.list_unmade(metric._name)
+        series = unmade.series.copy() if unmade is not None else {}
+        made = metric._metrics if metric._labelnames else {(): metric}
+        if series and not series.keys().isdisjoint(made := made.copy()):  # these are not adopted yet
+            made = {labelvalues: child for labelvalues, child in made.items() if labelvalues not in series}
+        return list(made.values()), list(series.items())
 
-    def _find_cells(self, name: str) -> _Cells | None:
-        ledger = self._book.ledger
-        family = ledger.families.get(name) if ledger is not None else None
-        return _Cells(ledger, family) if ledger is not None and family is not None else None
+    def _write(
+        self, scrape: _Scrape, key: object, collected: list[Metric], doubt: BaseException | None = None
+    ) -> Steps:
+        """Let prometheus_client encode metrics.
 
-    def _encode(self, scrape: _Scrape, metric: Metric, unmade: list[Any], pieces: list[bytes]) -> Steps:
-        """Let prometheus_client encode a metric and its unmade series, bit by bit where the format allows it."""
-        form, ledger = scrape.form, self._book.ledger
-        part = copy.copy(metric)
-        if unmade and ledger is not None:
-            family = ledger.families[metric.name]
-            made = {tuple(sample.labels.get(name, "") for name in family.labelnames) for sample in metric.samples}
-            series = {labelvalues: first for labelvalues, first in unmade if labelvalues not in made}
-            part.samples = metric.samples + list_samples(ledger, family, series, scrape.names or None)
-        part = form.drop_created(part)
-        samples = part.samples
-        yield from scrape.turn.rest()
-        if not form.is_openmetrics:
-            pieces.append(form.encode(part))
+        doubt: why it has to, if that is worth a warning once all is well.
+        """
+        pieces: list[bytes] = []
+        try:
+            is_whole = True
+            for metric in collected:
+                is_whole &= yield from self._encode(scrape, scrape.form.drop_created(metric), pieces)
+        except Exception:
+            self._fail(key, "The metrics of %s cannot be encoded; they are missing, the others are served.")
             return
-        part.samples = []
-        pieces.append(form.encode(part))
-        header = len(pieces[-1])
-        for first in range(0, len(samples), FEW_SAMPLES):
-            part.samples = samples[first : first + FEW_SAMPLES]
-            pieces.append(form.encode(part)[header:])
-            yield from scrape.turn.rest()
+        for piece in pieces:
+            scrape.body.write(piece)
+            if scrape.turn.is_over():
+                yield from scrape.turn.rest()
+        if not is_whole:
+            self._fail(key, "%s has text or numbers that make no sense; those are left out, the others are served.")
+        elif doubt is not None:
+            self._warn(key, doubt)
 
-    def _warn(self, what: object) -> None:
+    def _encode(self, scrape: _Scrape, metric: Metric, pieces: list[bytes]) -> Generator[None, None, bool]:
+        """Encode a metric, in pieces where the format allows it; return whether all of it could be."""
+        form, turn = scrape.form, scrape.turn
+        first, samples = len(pieces), metric.samples
+        size = FEW_SAMPLES if form.is_openmetrics else len(samples)
+        part = copy.copy(metric)
+        try:
+            yield from turn.rest()
+            part.samples = samples if size == len(samples) else []
+            pieces.append(form.encode(part))
+            header = len(pieces[-1])
+            for begin in range(0, len(samples) if part.samples is not samples else 0, FEW_SAMPLES):
+                part.samples = samples[begin : begin + FEW_SAMPLES]
+                pieces.append(form.encode(part)[header:])
+                yield from turn.rest()
+            return True
+        except Exception:
+            del pieces[first:]
+        clean = yield from self._clean(scrape, metric)
+        pieces.append(form.encode(clean))
+        return False
+
+    def _clean(self, scrape: _Scrape, metric: Metric) -> Generator[None, None, Metric]:
+        """Return a metric without the series that cannot be encoded. Help and exemplars give way before that."""
+        clean = copy.copy(metric)
+        clean.documentation = _call(str, metric.documentation).encode(errors="replace").decode()
+        good: list[Sample] = []
+        bad: set[Any] = set()
+        for sample in metric.samples:
+            for attempt in (sample, sample._replace(exemplar=None)):
+                clean.samples = [attempt]
+                with suppress(Exception):
+                    scrape.form.encode(clean)
+                    good.append(attempt)
+                    break
+            else:
+                bad.add(_find_series(sample))
+            if scrape.turn.is_over():
+                yield from scrape.turn.rest()
+        clean.samples = [sample for sample in good if not bad or _find_series(sample) not in bad]
+        return clean
+
+    def _fail(self, key: object, message: str) -> None:
+        self.failures += 1
+        if id(key) not in self._failing:
+            self._failing[id(key)] = key
+            logger.error(message, _describe(key), exc_info=sys.exc_info()[0] is not None)
+
+    def _warn(self, key: object, error: BaseException) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
                 "%s is not what django_promports knows of prometheus_client. Scrapes are right, but slower.",
-                what,
-                exc_info=True,
+                _describe(key),
+                exc_info=error,
             )
+
+
+def _find_series(sample: Sample) -> Any:
+    """Return what the samples of one series have in common, a histogram's buckets included."""
+    return frozenset(item for item in sample.labels.items() if item[0] not in ("le", "quantile"))
+
+
+def _describe(what: object) -> str:
+    try:
+        return _call(repr, what)
+    except Exception:
+        return f"A {type(what).__qualname__}"

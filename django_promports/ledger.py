@@ -29,15 +29,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import stat
 import struct
-import threading
 import time
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from django_promports.unix import lock_file
 
@@ -83,8 +85,14 @@ class ForeignFolder(PermissionError):
     """The folder belongs to another user."""
 
 
-class Family(NamedTuple):
-    """What the series of one metric have in common, and the first cell of each, by label values."""
+@dataclass(eq=False, slots=True)
+class Family:
+    """What the series of one metric have in common, and the first cell of each, by label values.
+
+    It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
+    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
+    values a series has.
+    """
 
     number: int
     name: str
@@ -93,28 +101,38 @@ class Family(NamedTuple):
     unit: str
     labelnames: tuple[str, ...]
     bounds: tuple[str, ...]
-    series: dict[tuple[str, ...], int]
+    series: dict[tuple[str, ...], int] = field(repr=False)
+    cells: memoryview[float] = field(repr=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.width = {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
 
     @property
-    def width(self) -> int:
-        """How many values a series has."""
-        return {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
+    def shape(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """What has to stay the same for its numbers to mean the same."""
+        return self.type, self.labelnames, self.bounds
 
     @property
     def growing(self) -> slice:
         """Which of its values only ever grow: all but the sum of observations, which may be negative."""
         return slice(1, None) if self.type == "histogram" else slice(0, 1)
 
+    def read(self, firsts: Iterable[int]) -> bytes:
+        """Return the values of the series that begin at these cells, as bytes of float64, one after the other."""
+        cells, end = self.cells, STATE + self.width
+        return b"".join([cells[first + STATE : first + end] for first in firsts])
+
 
 class Ledger:
-    """An open ledger.
+    """An open ledger. Whoever has it sees to it that one change ends before another begins.
 
     families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. A series'
     values begin STATE cells after its first one. is_new: whether there was no such file before.
     """
 
     def __init__(self, path: Path, application: str) -> None:
-        """Open the file, or make it, and drop what nobody touches any more.
+        """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. A file that is no ledger of
         this application, or damaged, is set aside with a WARNING, and a new one begins.
@@ -122,7 +140,6 @@ class Ledger:
         self.path = path
         self.families: dict[str, Family] = {}
         self._application = hashlib.sha256(application.encode()).digest()
-        self._lock = threading.Lock()
         self._by_number: list[Family] = []
         self._forgotten = 0
         self._file = _open_locked(path)
@@ -140,11 +157,11 @@ class Ledger:
                 )
                 self._renew([])
             else:
-                self._drop_idle()
+                WORD.pack_into(self._map_, SEAL_AT, OPEN)  # before the first cell changes: its holder may be killed
+                self._tidy()
         except BaseException:
             self.close(seal=False)
             raise
-        WORD.pack_into(self._map_, SEAL_AT, OPEN)
         NUMBER.pack_into(self._map_, OPENED_AT, time.time())
 
     def add_family(
@@ -154,28 +171,31 @@ class Ledger:
 
         Raises LedgerFull.
         """
-        with self._lock:
-            known = self.families.get(name)
-            if known is not None:
-                if (known.type, known.labelnames, known.bounds) == (type_, labelnames, bounds):
-                    return known
-                logger.warning("%s has other labels or buckets than before; its counts begin at zero.", name)
-                self._forget(known)
-            return self._add_family(name, type_, help_, unit, labelnames, bounds)
+        known = self.families.get(name)
+        if known is not None:
+            if known.shape == (type_, labelnames, bounds):
+                return known
+            logger.warning("%s has other labels or buckets than before; its counts begin at zero.", name)
+            self.forget(known)
+        return self._add_family(name, type_, help_, unit, labelnames, bounds)
 
     def add_series(self, family: Family, labelvalues: tuple[str, ...], created: float) -> int:
-        """Return the first cell of a new series; its values are zero. Raises LedgerFull."""
-        with self._lock:
-            return self._add_series(family, labelvalues, [created, 0.0, time.time()] + [0.0] * family.width)
+        """Return the first cell of a new series; its values are zero.
+
+        Raises LedgerFull, and UnicodeEncodeError for label values that no exposition can show.
+        """
+        return self._add_series(family, labelvalues, [created, 0.0, time.time()] + [0.0] * family.width)
 
     def forget(self, family: Family, labelvalues: tuple[str, ...] | None = None) -> None:
         """Remove a series, or all of a family with the family itself. Their cells are not used again."""
-        with self._lock:
-            if labelvalues is None:
-                self._forget(family)
-            elif family.series.pop(labelvalues, None) is not None:
-                self._forgotten += 1
-                self._append(["forget", family.number, labelvalues])
+        if labelvalues is None:
+            if self.families.get(family.name) is family:
+                self._append(["forget", family.number])
+                self._forgotten += len(family.series) + 1
+                del self.families[family.name]
+        elif family.series.pop(labelvalues, None) is not None:
+            self._forgotten += 1
+            self._append(["forget", family.number, labelvalues])
 
     def note_scrape(self) -> None:
         """Note that all of it was scraped just now."""
@@ -188,6 +208,10 @@ class Ledger:
         the child inherited. remove: remove the file as well.
         """
         if seal:
+            # A signal handler may have raised in an append, between the record and our knowledge of it.
+            if self._index_end + RECORD.size <= SIZE and WORD.unpack_from(self._map_, self._index_end)[0]:
+                RECORD.pack_into(self._map_, self._index_end, 0, 0)
+                LONG.pack_into(self._map_, END_AT, self._index_end)
             WORD.pack_into(self._map_, SEAL_AT, self._checksum())
         if hasattr(self, "cells"):
             self.cells.release()
@@ -278,11 +302,8 @@ class Ledger:
             self._cells_end = first + STATE + family.width
         elif what == "family":
             name, type_, help_, unit, labelnames, bounds = rest
-            family = Family(len(self._by_number), name, type_, help_, unit, tuple(labelnames), tuple(bounds), {})
-            self._by_number.append(family)
-            self.families[name] = family
-            if family.width < 1:
-                raise ValueError("width")
+            "".join([name, unit, *labelnames]).encode()
+            self._hold(name, type_, help_, unit, tuple(labelnames), tuple(bounds))
         elif what == "forget":
             family = self._by_number[rest[0]]
             if len(rest) > 1:
@@ -297,8 +318,14 @@ class Ledger:
     def _add_family(
         self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
     ) -> Family:
+        help_ = help_.encode(errors="replace").decode()  # a lone surrogate in it must not cost the counts
         self._append(["family", name, type_, help_, unit, labelnames, bounds])
-        family = Family(len(self._by_number), name, type_, help_, unit, labelnames, bounds, {})
+        return self._hold(name, type_, help_, unit, labelnames, bounds)
+
+    def _hold(
+        self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
+    ) -> Family:
+        family = Family(len(self._by_number), name, type_, help_, unit, labelnames, bounds, {}, self.cells)
         self._by_number.append(family)
         self.families[name] = family
         return family
@@ -311,18 +338,17 @@ class Ledger:
             self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * len(cells), CELLS_AT, INDEX_AT) // 8
         for position, value in enumerate(cells, first):
             self.cells[position] = value
-        self._append(["series", family.number, labelvalues, first])
-        self._cells_end = end
+        index_end, self._cells_end = self._index_end, end
+        try:
+            self._append(["series", family.number, labelvalues, first])
+        finally:  # whatever interrupts this, like a signal handler that raises: no two records have the same cells
+            if self._index_end == index_end:
+                self._cells_end = first
         family.series[labelvalues] = first
         return first
 
-    def _forget(self, family: Family) -> None:
-        self._append(["forget", family.number])
-        self._forgotten += len(family.series) + 1
-        del self.families[family.name]
-
     def _append(self, record: list[Any]) -> None:
-        payload = json.dumps(record, separators=(",", ":")).encode()
+        payload = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
         begin = self._index_end + RECORD.size
         end = begin + _align(len(payload))
         if end + RECORD.size > SIZE:
@@ -349,20 +375,41 @@ class Ledger:
         _reserve(self._file, begin, min(base + end, limit) - begin)
         return end
 
-    def _drop_idle(self) -> None:
-        """Note which series the last holder touched, and leave out those that nobody did for long."""
+    def _tidy(self) -> None:
+        """Note which series the last holder touched, and leave out those that nobody did for long.
+
+        Numbers that are not finite are zero from here on, and series are left out that no exposition can show.
+        """
         now = time.time()
         scraped = NUMBER.unpack_from(self._map_, SCRAPED_AT)[0]
-        cells = self.cells
+        cells, senseless = self.cells, []
         for family in list(self.families.values()):
-            width = STATE + family.width
+            width, growing = STATE + family.width, family.growing
             for labelvalues, first in list(family.series.items()):
-                activity = sum(cells[first + STATE : first + width][family.growing])
-                if activity != cells[first + 1]:
-                    cells[first + 1], cells[first + 2] = activity, now
-                elif cells[first + 2] < min(scraped, now - FORGET_SECONDS):
+                row: list[Any] = cells[first : first + width].tolist()
+                is_sound = math.isfinite(sum(row))
+                if not is_sound:  # or the sum of them is too large
+                    for cell, number in enumerate(row, first):
+                        if not math.isfinite(number):
+                            cells[cell] = row[cell - first] = 0.0
+                            senseless.append(f"{family.name}{list(labelvalues)}")
+                activity = sum(row[STATE:][growing])
+                if not _is_text(labelvalues):
                     del family.series[labelvalues]
                     self._forgotten += 1
+                elif activity != row[1] or not is_sound:
+                    cells[first + 1], cells[first + 2] = activity if math.isfinite(activity) else 0.0, now
+                elif row[2] < min(scraped, now - FORGET_SECONDS):
+                    del family.series[labelvalues]
+                    self._forgotten += 1
+        if senseless:
+            logger.warning(
+                "%s: %s numbers were not finite and begin at zero, in %s and %s other series.",
+                self.path,
+                len(senseless),
+                senseless[0],
+                len(set(senseless)) - 1,
+            )
         live = sum(len(family.series) for family in self.families.values())
         if self._forgotten > live // 4:
             self._renew(
@@ -389,7 +436,9 @@ class Ledger:
         try:
             self._map()
             for family, series in content:
-                new = self._add_family(*family[1:-1])
+                new = self._add_family(
+                    family.name, family.type, family.help, family.unit, family.labelnames, family.bounds
+                )
                 for labelvalues, cells in series:
                     self._add_series(new, labelvalues, cells)
             NUMBER.pack_into(self._map_, SCRAPED_AT, scraped)
@@ -491,6 +540,15 @@ def _reserve(file: int, offset: int, length: int) -> None:
             offset += os.pwrite(file, bytes(end - offset), offset)
     except OSError as error:
         raise LedgerFull(f"no room on the file system of the ledger ({error.strerror})") from None
+
+
+def _is_text(labelvalues: tuple[str, ...]) -> bool:
+    """Whether UTF-8 can encode the label values: JSON can write lone surrogates down, and expositions cannot."""
+    try:
+        "".join(labelvalues).encode()
+    except (UnicodeEncodeError, TypeError):
+        return False
+    return True
 
 
 def _align(length: int) -> int:

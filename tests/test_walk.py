@@ -1,0 +1,124 @@
+"""The random walk: it finds nothing, and it finds each of these faults, that this software has had or might have."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from django_promports import exposition, values
+from django_promports.exposition import Exposition
+from django_promports.ledger import Family
+from django_promports.values import Book, CellValue
+from tests.walk import Fault, walk
+
+
+def test_walks_find_no_fault() -> None:
+    first = random.randrange(10**9)  # another one in each run; a fault says which it was
+    for seed in range(first, first + 20):
+        walk(seed)
+
+
+def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
+    """The series that were listed are read with what the ledger says of their name now."""
+    list_unmade, begin = Book.list_unmade, exposition._Unmade.__init__
+    ledgers: list[Any] = []
+
+    def list_and_remember(book: Book) -> Any:
+        ledgers[:] = [book.ledger]
+        return list_unmade(book)
+
+    def look_up(unmade: Any, family: Family) -> None:
+        begin(unmade, ledgers[0].families.get(family.name, family) if ledgers[0] else family)
+
+    patch.setattr(Book, "list_unmade", list_and_remember)
+    patch.setattr(exposition._Unmade, "__init__", look_up)
+
+
+def trust_the_created_times_of_a_block(patch: pytest.MonkeyPatch) -> None:
+    """A block that was put together again has the created times of now, and its templates those of before."""
+    put = exposition._Section._put
+
+    def put_and_guess(section: Any, blocks: list[Any], child: Any, template: bytes, created: Any) -> None:
+        put(section, blocks, child, template, getattr(child, "_created", created) if created else created)
+
+    patch.setattr(exposition._Section, "_put", put_and_guess)
+
+
+def take_set_for_a_reset(patch: pytest.MonkeyPatch) -> None:
+    """Whatever is set is a counter, and begins now."""
+    set_ = CellValue.set
+
+    def set_and_begin(value: CellValue, number: float, timestamp: float | None = None) -> None:
+        set_(value, number)
+        value.set_created(time.time())
+
+    patch.setattr(CellValue, "set", set_and_begin)
+
+
+def expose_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
+    """Metrics that were made since the scrape began are shown as well."""
+    expose = Exposition._expose_collector
+
+    def expose_both(self: Exposition, scrape: Any, collector: Any) -> Iterator[None]:
+        yield from expose(self, scrape, collector)
+        now = [one for one in self._book.registry._collector_to_names if one._name == collector._name]  # type: ignore[attr-defined]
+        if now and now[0] is not collector:
+            yield from expose(self, scrape, now[0])
+
+    patch.setattr(Exposition, "_expose_collector", expose_both)
+
+
+def keep_what_only_the_ledger_has(patch: pytest.MonkeyPatch) -> None:
+    """Removing forgets the series that this process has made only."""
+    patch.setattr(Book, "forget_unmade", lambda self, metric, concerns: None)
+
+
+def keep_the_created_time_in_memory(patch: pytest.MonkeyPatch) -> None:
+    """The time of a reset is lost with the process."""
+    patch.setattr(CellValue, "set_created", lambda self, moment: None)
+
+
+def list_a_series_that_was_made_as_unmade_too(patch: pytest.MonkeyPatch) -> None:
+    attach = Book._attach
+
+    def attach_and_keep(self: Book, metric: Any, labelvalues: Any, child: Any) -> None:
+        unmade = self._unmade.get(metric._name)
+        kept = dict(unmade.series) if unmade else {}
+        attach(self, metric, labelvalues, child)
+        if unmade and labelvalues in kept and self._families[metric] is unmade.family:
+            self._unmade[metric._name] = values.Unmade(unmade.family, kept)
+
+    patch.setattr(Book, "_attach", attach_and_keep)
+    patch.setattr(Exposition, "_list", _list_both)
+
+
+def _list_both(self: Exposition, metric: Any, unmade: Any) -> tuple[list[Any], list[Any]]:
+    made = metric._metrics if metric._labelnames else {(): metric}
+    return list(made.values()), list(unmade.series.items()) if unmade else []
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        look_families_up_by_name,
+        trust_the_created_times_of_a_block,
+        take_set_for_a_reset,
+        expose_what_came_meanwhile,
+        keep_what_only_the_ledger_has,
+        keep_the_created_time_in_memory,
+        list_a_series_that_was_made_as_unmade_too,
+    ],
+)
+def test_a_planted_fault_is_found(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(Fault):
+        walk_on()
+
+
+def walk_on() -> None:
+    for seed in range(500):
+        walk(seed)
