@@ -270,13 +270,12 @@ class Endpoint:
         """Answer who has the token, or a probe of a process of this site, which has its answer signed."""
         probe = None
         try:
-            token = self._read_token()
             if header := request.header(proof.PROBE):
                 address, port = sock.getsockname()[:2]
                 asked = proof.Asked(address, port, request.path, request.header("Host"))
-                probe = proof.check_probe(
-                    header, self._read_keys(), asked, host=self._host, age=monotonic() - self._claimed_at
-                )
+                age = monotonic() - self._claimed_at
+                probe = proof.check_probe(header, self._read_keys(), asked, host=self._host, age=age)
+            token = self._read_token()  # for a probe too: where it cannot be read, nobody can scrape this process
             authorized = isinstance(probe, proof.Proof) or (
                 token is None or is_authorized(request.header("Authorization"), token)
             )

@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import trustme
 
 from django_promports import logs
-from django_promports.loop import CHUNK, NEXT_TURN, READ, Dropped, Loop, Steps, receive, send_all
+from django_promports import loop as loop_module
+from django_promports.loop import CHUNK, NEXT_TURN, READ, Dropped, Loop, Steps, attempt, receive, send_all
 
 
 @pytest.fixture
@@ -219,46 +223,86 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_who_receives_or_sends_without_end_gives_the_others_a_turn_after_each_chunk(
-    loop: Loop, pair: tuple[socket.socket, socket.socket]
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("size", [CHUNK, 1000])
+def test_who_receives_lets_the_others_have_a_turn_after_each_chunk(
+    tls: bool, size: int, loop: Loop, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = pair
-    chunks: dict[str, int] = {"received": 0}
+    monkeypatch.setattr(loop_module, "CHUNK", size)
+    ours, theirs = loop.complete(shake_hands(loop, *pair)) if tls else pair
+    theirs.send(b"x" * 3 * CHUNK)
+    turns, seen = 0, []
 
-    def take() -> Steps[None]:
-        while (yield from receive(ours)):
-            chunks["received"] += 1
-
-    def give() -> Steps[None]:
-        while True:  # as fast as it can
-            with contextlib.suppress(BlockingIOError):
-                theirs.send(b"x" * CHUNK)
+    def count() -> Steps[None]:
+        nonlocal turns
+        while True:
+            turns += 1
             yield NEXT_TURN
 
-    loop.spawn(take())
-    loop.spawn(give())
-    turns = loop.complete(count_turns())
+    def take() -> Steps[None]:
+        for _ in range(3):
+            assert len((yield from receive(ours))) <= size
+            seen.append(turns)
 
-    assert 0 < chunks["received"] <= turns + 1
+    with ours, theirs:
+        loop.spawn(count())
+        loop.complete(take())
+
+    assert len(set(seen)) == 3
+
+
+def test_who_sends_lets_the_others_have_a_turn_after_each_chunk(
+    loop: Loop, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    turns = 0
+
+    def count() -> Steps[None]:
+        nonlocal turns
+        while True:
+            turns += 1
+            yield NEXT_TURN
+
+    loop.spawn(count())
+    loop.complete(send_all(pair[0], b"x" * 3 * CHUNK))
+
+    assert turns >= 2
+
+
+def shake_hands(loop: Loop, ours: socket.socket, theirs: socket.socket) -> Steps[tuple[socket.socket, socket.socket]]:
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    trustme.CA().issue_cert("localhost").configure_cert(server)
+    wrapped = (
+        server.wrap_socket(ours, server_side=True, do_handshake_on_connect=False),
+        client.wrap_socket(theirs, do_handshake_on_connect=False),
+    )
+    yield from loop.gather([attempt(sock, sock.do_handshake, READ) for sock in wrapped], 60)
+    return wrapped
 
 
 def test_a_deadline_holds_whatever_arrives(loop: Loop, pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
+    over = threading.Event()
+
+    def give() -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                theirs.send(b"x" * CHUNK)
 
     def take() -> Steps[None]:
         while (yield from receive(ours)):
             pass
 
-    def give() -> Steps[None]:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                theirs.send(b"x" * CHUNK)
-            yield NEXT_TURN
-
-    began = time.monotonic()
-    loop.spawn(give())
-    assert loop.complete(loop.gather([take()], 0.3)) == [None]
-    assert 0.3 <= time.monotonic() - began < 10
+    theirs.settimeout(0.1)
+    thread = threading.Thread(target=give)
+    thread.start()
+    try:
+        assert loop.complete(loop.gather([take()], 0.3)) == [None]
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def test_all_of_a_long_answer_arrives(loop: Loop, pair: tuple[socket.socket, socket.socket]) -> None:

@@ -31,6 +31,7 @@ from django_promports.secret import NAME, make_secret, read_secret
 from django_promports.targets import Answer, Site
 from tests.commands import answering, call, endpoint
 from tests.servers import SECONDS, get, running, wait_until
+from tests.test_ports import needs_ipv6
 
 TOKEN = "hunter2-is-the-token"
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -355,6 +356,38 @@ def test_an_answer_that_is_an_error_is_signed_as_well(free_ports: range) -> None
         found = ask(port, Site("this", keys=[KEY]), "/missing")
 
     assert found == Answer("other", seconds=found.seconds, reason="the endpoint answers '404 Not Found'")
+
+
+def test_a_token_that_cannot_be_read_shows_in_what_the_commands_see(
+    free_ports: range, settings: Settings, tmp_path: Path, this_process: None
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    settings.PROMPORTS_BEARER_TOKEN_FILE = token
+    port, site = django_promports.start(), conf.site
+    assert port is not None
+    token.unlink()
+
+    found = ask(port, site, "/metrics")
+
+    assert (found.state, found.reason) == ("other", "the endpoint answers '500 Internal Server Error'")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_a_worker_on_every_interface_is_live_at_each(
+    token: str | None, host: str, free_ports: range, settings: Settings, this_process: None, tmp_path: Path
+) -> None:
+    settings.PROMPORTS_PORT_RANGE = free_ports
+    settings.PROMPORTS_ADDRESS = "::"
+    (tmp_path / "token").write_text(TOKEN)
+    settings.PROMPORTS_BEARER_TOKEN_FILE = tmp_path / "token" if token else None
+    port = django_promports.start()
+    assert port is not None
+
+    assert ask(port, conf.site, "/", host).state == "live"
 
 
 def test_a_long_answer_is_signed_whole(free_ports: range) -> None:
