@@ -318,7 +318,7 @@ class Ledger:
     def _add_family(
         self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
     ) -> Family:
-        help_ = help_.encode(errors="replace").decode()  # a lone surrogate in it must not cost the counts
+        help_ = str.encode(help_, errors="replace").decode()  # a lone surrogate in it must not cost the counts
         self._append(["family", name, type_, help_, unit, labelnames, bounds])
         return self._hold(name, type_, help_, unit, labelnames, bounds)
 

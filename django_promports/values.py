@@ -343,7 +343,7 @@ class Book:
     def adopt_child(self, metric: Any, labelvalues: Labels, child: Any) -> None:
         """Count a child, or a metric without labels, in the ledger, from what the ledger says already."""
         if self.ledger is not None:
-            self._act(partial(self._attach, metric, labelvalues, child))
+            self._act(partial(self._attach, metric, _read_help(metric), labelvalues, child))
 
     def forget_child(self, metric: Any, labelvalues: Labels, child: Any) -> None:
         """Take a child that the site removed out of the ledger; who still has it counts in memory."""
@@ -396,7 +396,7 @@ class Book:
         except LedgerFull as full:
             self._warn("%s: what was removed comes back in the next process.", full)
 
-    def _attach(self, metric: Any, labelvalues: Labels, child: Any) -> None:
+    def _attach(self, metric: Any, help_: str, labelvalues: Labels, child: Any) -> None:
         ledger = self.ledger
         if ledger is None or not self._has(metric, labelvalues, child):
             return
@@ -405,7 +405,7 @@ class Book:
             raise TypeError(f"the values of {metric._name} are not known")
         if values[0] in self._values:
             return
-        family = self._find_family(ledger, metric)
+        family = self._find_family(ledger, metric, help_)
         unmade = self._unmade[family.name].series if family.name in self._unmade else {}
         first = unmade.get(labelvalues)
         if first is None:
@@ -442,16 +442,14 @@ class Book:
                 value.detach(keep=True)
         return first
 
-    def _find_family(self, ledger: Ledger, metric: Any) -> Family:
+    def _find_family(self, ledger: Ledger, metric: Any, help_: str) -> Family:
         family = self._families.get(metric)
         if family is None:
             for other, known in list(self._families.items()):
                 if known.name == metric._name:  # unregistered, and this one comes before we hear of it
                     self._abandon(other)
             type_, labelnames, bounds = _shape(metric)
-            family = ledger.add_family(
-                metric._name, type_, str(metric._documentation), metric._unit, labelnames, bounds
-            )
+            family = ledger.add_family(metric._name, type_, help_, metric._unit, labelnames, bounds)
             self._families[metric] = family
             unmade = self._unmade.get(metric._name)
             if unmade is not None and unmade.family is not family:  # another metric had the name
@@ -471,14 +469,14 @@ class Book:
                 collector._lock = _NoLock()
             for labelvalues, child in collector._metrics.copy().items():
                 self.adopt_child(collector, labelvalues, child)
-            self._act(partial(self._compare_shape, collector))
+            self._act(partial(self._compare_shape, collector, _read_help(collector)))
         else:
             self.adopt_child(collector, (), collector)
 
-    def _compare_shape(self, metric: Any) -> None:
+    def _compare_shape(self, metric: Any, help_: str) -> None:
         """Forget the ledger's series of a metric if they have other labels or buckets than it has now."""
         if self.ledger is not None and metric._name in self._unmade and metric in self.registry._collector_to_names:
-            self._find_family(self.ledger, metric)
+            self._find_family(self.ledger, metric, help_)
 
     def _make_way(self, collector: Collector) -> None:
         """Forget the series of a counter whose name something else has taken."""
@@ -621,6 +619,14 @@ def sample_names(family: Family) -> set[str]:
 def _shape(metric: Any) -> tuple[str, Labels, Labels]:
     bounds = tuple(map(floatToGoString, metric._upper_bounds)) if isinstance(metric, Histogram) else ()
     return metric._type, tuple(metric._labelnames), bounds
+
+
+def _read_help(metric: Any) -> str:
+    """Return the help text; of the site's code, which translates it, say, nothing runs in an act."""
+    try:
+        return str(metric._documentation)
+    except Exception:
+        return ""
 
 
 def is_known(collector: Any) -> bool:

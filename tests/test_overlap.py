@@ -238,33 +238,38 @@ def test_a_counter_does_not_fall_while_its_adoption_is_pending(
 
 
 def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path) -> None:
-    process = Process(tmp_path / "1.ledger")
-    counter = make_counter(process.registry, "jobs")
-    lock, started, done = threading.Lock(), threading.Event(), threading.Event()
+    lock, inside, held, done = threading.Lock(), threading.Event(), threading.Event(), threading.Event()
 
-    class Help(str):
-        """Its text is asked for in the middle of adopting a metric, as a finalizer may run there."""
+    class Interrupted(Ledger):
+        """A finalizer runs where a series is made, in the first thread only."""
 
-        __slots__ = ()
+        def add_series(self, *arguments: Any) -> int:
+            if threading.current_thread() is threading.main_thread():
+                inside.set()
+                assert held.wait(60)
+                with lock:
+                    pass
+            return super().add_series(*arguments)
 
-        def __str__(self) -> str:
-            assert started.wait(60)
-            with lock:
-                return "Help."
+    path = tmp_path / "1.ledger"
+    registry = CollectorRegistry()
+    book = Book(registry)
+    book.open(Interrupted(path, "site"))
+    counter = make_counter(registry, "jobs")
 
     def work() -> None:
+        assert inside.wait(60)
         with lock:
-            started.set()
+            held.set()
             counter.labels("GET").inc()
         done.set()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    Counter("other", Help("Help."), registry=process.registry).inc()
+    threading.Thread(target=work, daemon=True).start()
+    Counter("other", "Other.", registry=registry).inc()
 
     assert done.wait(60)
-    process.book.close()
-    successor = Process(tmp_path / "1.ledger")
+    book.close()
+    successor = Process(path)
     text, _ = successor.interrupt("", (), -1, list)
     assert {'jobs_total{k="GET"}': "1.0", "other_total": "1.0"}.items() <= read(text).items()
     successor.book.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -18,24 +19,20 @@ from tests.walk import Fault, walk
 
 def test_walks_find_no_fault() -> None:
     first = random.randrange(10**9)  # another one in each run; a fault says which it was
-    for seed in range(first, first + 20):
+    for seed in range(first, first + 40):
         walk(seed)
 
 
 def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
-    """The series that were listed are read with what the ledger says of their name now."""
-    list_unmade, begin = Book.list_unmade, exposition._Unmade.__init__
-    ledgers: list[Any] = []
+    """The series that were listed are shown as what the ledger says of their name by then."""
+    expose = Exposition._expose_unmade
 
-    def list_and_remember(book: Book) -> Any:
-        ledgers[:] = [book.ledger]
-        return list_unmade(book)
+    def expose_by_name(self: Exposition, scrape: Any, family: Family) -> Iterator[None]:
+        ledger = self._book.ledger
+        now = ledger.families.get(family.name, family) if ledger else family
+        yield from expose(self, scrape, dataclasses.replace(now, series=family.series))
 
-    def look_up(unmade: Any, family: Family) -> None:
-        begin(unmade, ledgers[0].families.get(family.name, family) if ledgers[0] else family)
-
-    patch.setattr(Book, "list_unmade", list_and_remember)
-    patch.setattr(exposition._Unmade, "__init__", look_up)
+    patch.setattr(Exposition, "_expose_unmade", expose_by_name)
 
 
 def trust_the_created_times_of_a_block(patch: pytest.MonkeyPatch) -> None:
@@ -85,10 +82,10 @@ def keep_the_created_time_in_memory(patch: pytest.MonkeyPatch) -> None:
 def list_a_series_that_was_made_as_unmade_too(patch: pytest.MonkeyPatch) -> None:
     attach = Book._attach
 
-    def attach_and_keep(self: Book, metric: Any, labelvalues: Any, child: Any) -> None:
+    def attach_and_keep(self: Book, metric: Any, help_: str, labelvalues: Any, child: Any) -> None:
         unmade = self._unmade.get(metric._name)
         kept = dict(unmade.series) if unmade else {}
-        attach(self, metric, labelvalues, child)
+        attach(self, metric, help_, labelvalues, child)
         if unmade and labelvalues in kept and self._families[metric] is unmade.family:
             self._unmade[metric._name] = values.Unmade(unmade.family, kept)
 
@@ -102,23 +99,24 @@ def _list_both(self: Exposition, metric: Any, unmade: Any) -> tuple[list[Any], l
 
 
 @pytest.mark.parametrize(
-    "plant",
+    ("plant", "first"),
     [
-        look_families_up_by_name,
-        trust_the_created_times_of_a_block,
-        take_set_for_a_reset,
-        expose_what_came_meanwhile,
-        keep_what_only_the_ledger_has,
-        keep_the_created_time_in_memory,
-        list_a_series_that_was_made_as_unmade_too,
+        (look_families_up_by_name, 90),
+        (trust_the_created_times_of_a_block, 0),
+        (take_set_for_a_reset, 0),
+        (expose_what_came_meanwhile, 0),
+        (keep_what_only_the_ledger_has, 0),
+        (keep_the_created_time_in_memory, 0),
+        (list_a_series_that_was_made_as_unmade_too, 0),
     ],
 )
-def test_a_planted_fault_is_found(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_found(plant: Any, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds are chosen to be quick: of 120 walks, 2 find the rarest of these faults, and 57 the most frequent."""
     plant(monkeypatch)
     with pytest.raises(Fault):
-        walk_on()
+        walk_on(first)
 
 
-def walk_on() -> None:
-    for seed in range(500):
+def walk_on(first: int) -> None:
+    for seed in range(first, first + 200):
         walk(seed)
