@@ -35,15 +35,15 @@ from django.core.signals import request_started
 
 from django_promports import ports, targets
 from django_promports.activity import Activity
+from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
 from django_promports.discovery import find_targets, look
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
 from django_promports.loop import READ, Steps
 from django_promports.own import own_metrics
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 
 logger = logging.getLogger("django_promports")
 
@@ -214,11 +214,11 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
     port_range = conf.PROMPORTS_PORT_RANGE
     endpoint = Endpoint(
         claim.listener,
-        exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
+        exposition=Exposition(_binding, created=conf.PROMPORTS_CREATED_SERIES),
         about=_describe(claim.port),
         find_targets=find_targets,
         look=look,
-        activity=Activity(_book.registry, conf.metric_namespace),
+        activity=Activity(_binding.registry, conf.metric_namespace),
         tls=conf.server_tls(),
         read_token=conf.read_token,
         read_keys=conf.read_keys,
@@ -260,20 +260,20 @@ def _command() -> str:
     return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
 
 
-_book = Book()
-_process = Holder(_book, _read_terms, _make_endpoint)
+_binding = Binding()
+_process = Holder(_binding, _read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # or a master that forks servers: it has built a handler
 _forking_thread: int | None = None
 _was_retrying = False
 # Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
-_uwsgi_parcel: int | None = None
+_uwsgi_counts_pipe: int | None = None
 
 
 def _begin_process() -> Holder:
     """Begin in a forked child, and return what the parent holds."""
     global _process
-    parent, _process = _process, Holder(_book, _read_terms, _make_endpoint)
+    parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
     return parent
 
@@ -302,7 +302,7 @@ def _before_fork() -> None:
         # A child inherits every lock as it is, without the thread that holds it. Python warns of that since 3.12.
         process.endpoint.pause()
     if not process.is_worker:
-        _book.pack()
+        _binding.carry_counts()
 
 
 def _after_fork_in_parent() -> None:
@@ -315,7 +315,7 @@ def _after_fork_in_parent() -> None:
                 process.endpoint.start()
             elif _was_retrying:
                 process.start_retry()
-            _book.part_with_parcel()
+            _binding.drop_carried_counts()
         finally:
             process.lock.release()
 
@@ -328,7 +328,7 @@ def _after_fork_in_child() -> None:
         return
     _forking_thread = None
     try:
-        _book.begin_in_child(keep=not parent.is_worker)
+        _binding.begin_in_child(keep=not parent.is_worker)
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:
@@ -369,11 +369,11 @@ def _await_uwsgi_fork(uwsgi: Any) -> None:
     It forks in C, without telling Python, but for its own hook in the child:
     https://uwsgi-docs.readthedocs.io/en/latest/PythonDecorators.html#uwsgidecorators.postfork
     """
-    global _uwsgi_parcel
+    global _uwsgi_counts_pipe
     try:
         if not conf.PROMPORTS_ENABLED or not _is_usable(_process):
             return
-        _uwsgi_parcel, write_end = os.pipe()
+        _uwsgi_counts_pipe, write_end = os.pipe()
         os.write(write_end, b".")
         os.close(write_end)
         uwsgi.post_fork_hook = partial(_on_uwsgi_fork, uwsgi, getattr(uwsgi, "post_fork_hook", None))
@@ -393,8 +393,8 @@ def _begin_after_unseen_fork() -> None:
     """Begin in a child of a process that was not armed, or forked in C: all its children have copies of its numbers."""
     _begin_process()
     try:
-        _book.pack()
-        _book.begin_in_child(keep=_uwsgi_parcel is not None and os.read(_uwsgi_parcel, 1) != b"")
+        _binding.carry_counts()
+        _binding.begin_in_child(keep=_uwsgi_counts_pipe is not None and os.read(_uwsgi_counts_pipe, 1) != b"")
     except Exception:
         logger.exception("A forked child (pid %s) may count what its parent has counted.", os.getpid())
 

@@ -34,29 +34,29 @@ for module in modules:
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
+from django_promports.scrape.exposition import Exposition
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 def serve(count):
     registry = CollectorRegistry()
     claim = ports.claim("127.0.0.1", range(int(first), int(last) + 1))
-    book = Book(registry)
-    book.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
+    binding = Binding(registry)
+    binding.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
     Counter("pieces", "Work done.", ["who"], registry=registry).labels("me").inc(count)
     endpoint = Endpoint(
         claim.listener,
         about=lambda: {},
         find_targets=lambda loop: iter(()),
         look=lambda loop: iter(()),
-        exposition=Exposition(book),
+        exposition=Exposition(binding),
         activity=Activity(registry),
     )
     endpoint.start()
     with urllib.request.urlopen(f"http://127.0.0.1:{claim.port}/metrics") as response:
         lines = response.read().decode().splitlines()
     endpoint.pause()
-    book.close()
+    binding.close()
     endpoint.stop()
     return next(line for line in lines if line.startswith("pieces_total"))
 
