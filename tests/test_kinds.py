@@ -6,6 +6,7 @@ import gzip
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, values
@@ -36,12 +37,13 @@ class Stock(MetricWrapperBase):
         self._created = time.time()
 
     def move(self, into: float, out: float) -> None:
-        self._in.inc(into)
-        self._out.inc(out)
+        self._in.inc(into)  # type: ignore[no-untyped-call]
+        self._out.inc(out)  # type: ignore[no-untyped-call]
 
     def _child_samples(self) -> Iterable[Sample]:
         Stock.asked += 1
-        return Sample("_in", {}, self._in.get()), Sample("_out", {}, self._out.get())
+        values: list[Any] = [self._in, self._out]
+        return [Sample(suffix, {}, value.get()) for suffix, value in zip(("_in", "_out"), values, strict=True)]
 
 
 STOCK = Kind(
@@ -77,7 +79,7 @@ class Process:
 
 def encode(collected: CollectorRegistry | Binding, accept: str) -> bytes:
     encoder, _ = choose_encoder(accept)
-    return encoder(collected)  # type: ignore[arg-type]
+    return encoder(collected)
 
 
 @pytest.fixture
@@ -130,9 +132,8 @@ def test_a_toy_type_is_continued_by_a_successor(accept: str, tmp_path: Path) -> 
 
     rendered = second.render(accept)
     assert rendered == encode(second.registry, accept)
-    samples = {
-        line.rpartition(b" ")[0]: float(line.rpartition(b" ")[2]) for line in rendered.splitlines() if b"#" not in line
-    }
+    lines = [line.rpartition(b" ") for line in rendered.splitlines() if b"#" not in line]
+    samples = {name: float(value) for name, _, value in lines}
     assert samples == {b"shelf_in": 6, b"shelf_out": 3, b'b_in{at="x"}': 8, b'b_out{at="x"}': 2}
     second.binding.close()
 
