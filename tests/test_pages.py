@@ -36,6 +36,7 @@ from django_promports.probe import Answer, Seen, State, count_samples, read
 from django_promports.proof import UNSIGNED
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
 from tests.commands import answering, run_python
+from tests.examples import examples
 from tests.servers import Site, database, describe, get, gunicorn, log_in, manage, request, wait_until
 
 PAGE = "/metrics/"
@@ -84,7 +85,7 @@ def live(**about: Any) -> Seen:
     return read("127.0.0.1", 19100, Answer(State.LIVE, {**ABOUT, **about}))
 
 
-@hypothesis(deadline=None)
+@hypothesis(deadline=None, max_examples=examples(100))
 @given(text=st.text(st.characters(exclude_characters="\r\0"), min_size=1, max_size=30) | st.just("'\"><script>&lt;{x}"))
 def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     def draw(text: str) -> Elements:
@@ -98,7 +99,7 @@ def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     assert drawn.text.count(text.encode(errors="replace").decode()) >= 4
 
 
-@hypothesis(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis(deadline=None, max_examples=examples(100), suppress_health_check=[HealthCheck.too_slow])
 @given(
     about=st.fixed_dictionaries(
         {},

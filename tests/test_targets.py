@@ -34,6 +34,7 @@ from django_promports.probe import Answer, Site, State
 from django_promports.targets import TargetGroup
 from django_promports.tls import client_context
 from tests.commands import BECOME_NOBODY, answering, endpoint, run_python
+from tests.examples import examples
 from tests.servers import wait_until
 
 SITE = Site("this")
@@ -72,7 +73,9 @@ groups_of_targets = st.lists(
     max_size=3,
 )
 # The same examples each time, and no complaint about a slow machine.
-quietly = hypothesis_settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quietly = hypothesis_settings(
+    max_examples=examples(100), derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.mark.parametrize(
