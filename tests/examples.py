@@ -1,4 +1,4 @@
-"""How many examples Hypothesis tries: all in two environments, a tenth in the others, where only the versions differ."""
+"""How many examples Hypothesis tries: all in two environments, and a tenth in those that differ in versions only."""
 
 from __future__ import annotations
 
