@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from django_promports import ports
+from django_promports import ports, presence
 from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
@@ -239,7 +239,7 @@ class Holder:
         try:
             while True:
                 if self.is_waiting and self.waiting_sign is None:
-                    self.waiting_sign = ports.announce_waiting(self._read_terms().ports)
+                    self.waiting_sign = presence.announce_waiting(self._read_terms().ports)
                 if self._stopping.wait(RETRY_SECONDS):
                     return
                 with self.lock:

@@ -20,8 +20,10 @@ from django.utils.encoding import force_bytes
 
 from django_promports import unix
 from django_promports.ports import check_address, parse_ports
+from django_promports.probe import Site
 from django_promports.secret import derive_key, read_secret
-from django_promports.targets import Site, check_host, check_label, client_tls
+from django_promports.targets import check_host, check_label
+from django_promports.tls import UnusableFile, client_context, server_context
 
 T = TypeVar("T")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -133,7 +135,7 @@ class Conf:
     def site(self) -> Site:
         self.server_tls()  # says what is wrong with the files
         certfile = self.PROMPORTS_TLS_CERTFILE
-        tls = client_tls(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
+        tls = client_context(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
         return Site(self.project, tls, tuple(self.read_keys(asking=True)))
 
     def read_keys(self, *, asking: bool = False) -> Iterator[bytes]:
@@ -179,27 +181,11 @@ class Conf:
                 if (value := self._file(name)) is not None:
                     raise unusable(name, value, "PROMPORTS_TLS_CERTFILE is not set")
             return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        keyfile = self.PROMPORTS_TLS_KEYFILE
-        for name, value in (("PROMPORTS_TLS_CERTFILE", certfile), ("PROMPORTS_TLS_KEYFILE", keyfile)):
-            if value is not None:
-                try:
-                    Path(value).open("rb").close()
-                except OSError as error:
-                    raise unusable(name, value, error.strerror) from None
         try:
-            # Without a password OpenSSL would prompt for the one of an encrypted key, and the worker would hang.
-            context.load_cert_chain(certfile, keyfile, password="")
-        except OSError as error:  # ssl.SSLError is one
-            name, value = ("PROMPORTS_TLS_KEYFILE", keyfile) if keyfile else ("PROMPORTS_TLS_CERTFILE", certfile)
-            raise unusable(name, value, f"PROMPORTS_TLS_CERTFILE and its key are no pair in PEM ({error})") from None
-        if cafile is not None:
-            try:
-                context.load_verify_locations(cafile)
-            except OSError as error:
-                raise unusable("PROMPORTS_TLS_CLIENT_CAFILE", cafile, error) from None
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
+            return server_context(certfile, self.PROMPORTS_TLS_KEYFILE, cafile)
+        except UnusableFile as error:
+            name = {"certfile": "CERTFILE", "keyfile": "KEYFILE", "cafile": "CLIENT_CAFILE"}[error.kind]
+            raise unusable(f"PROMPORTS_TLS_{name}", self._file(f"PROMPORTS_TLS_{name}"), error) from None
 
     def _read(self, name: str, parse: Callable[[Any], T], default: Callable[[], object]) -> T:
         """Return a setting as `parse` makes it. `default` is asked only where the setting is not there."""

@@ -6,7 +6,6 @@ nobody. Answers are made one at a time, and each connection carries one request.
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import os
@@ -15,24 +14,20 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from email.utils import formatdate
 from enum import IntEnum
 from functools import partial
 from hashlib import sha256
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
-from io import BytesIO
 from time import monotonic, perf_counter
-from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from django_promports import proof
 from django_promports.activity import Activity
+from django_promports.http import Request, Response, is_authorized, plain, receive_head
 from django_promports.logs import LimitedLog
 from django_promports.loop import NEXT_TURN, READ, Conversation, Loop, Steps, attempt, receive, send_all
 from django_promports.own import own_metrics
 from django_promports.page import html
-from django_promports.page.look import Look, make_origin
+from django_promports.page.overview import Overview, make_origin
 from django_promports.scrape.exposition import Exposition
 from django_promports.scrape.pace import SLICE_SECONDS
 from django_promports.targets import check_host
@@ -50,9 +45,6 @@ LINGER_SECONDS = 1.0
 MAX_LINGER_BYTES = 4 * 1024 * 1024
 # One Prometheus holds one connection for a moment; two of them and a few people fit many times.
 MAX_CONNECTIONS = 64
-MAX_HEADER_BYTES = 16384
-HEADER_END = re.compile(rb"\r?\n\r?\n")
-NO_REQUEST = re.compile(rb"[^A-Za-z\r\n]")
 # Seconds to wait when the process has no file descriptor left for a connection.
 EXHAUSTED_SECONDS = 0.1
 # For a page, the series are counted anew after so many seconds without a scrape; it does not wait for long.
@@ -62,58 +54,6 @@ COUNT_PATIENCE_SECONDS = 1.0
 ACCEPT, ACCEPT_ENCODING = "application/openmetrics-text;version=1.0.0", "gzip"
 # Bytes of an answer to a probe that are hashed at once.
 HASH_BYTES = 512 * 1024
-
-
-class Response(NamedTuple):
-    status: int
-    content_type: str
-    body: bytes
-    headers: tuple[tuple[str, str], ...] = ()
-
-    def encode(self, *, with_body: bool) -> bytes:
-        lines = [
-            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
-            "Server: django_promports",
-            f"Date: {formatdate(usegmt=True)}",
-            f"Content-Type: {self.content_type}",
-            f"Content-Length: {len(self.body)}",
-            "X-Content-Type-Options: nosniff",
-            *(f"{name}: {value}" for name, value in self.headers),
-            "Connection: close",
-        ]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (self.body if with_body else b"")
-
-
-class Request(BaseHTTPRequestHandler):
-    """A request header, parsed by the standard library; `error` is the response if it cannot be served."""
-
-    def __init__(self, head: bytes) -> None:
-        self.error: Response | None = None
-        self.command = self.path = ""
-        self.rfile = BytesIO(head)
-        self.raw_requestline = self.rfile.readline()
-        if len(head) > MAX_HEADER_BYTES:
-            self.send_error(431)
-        elif not self._parse() and self.error is None:
-            self.error = _plain(400, "This is not an HTTP request.")
-        if self.error is None and self.command not in ("GET", "HEAD"):
-            self.error = _plain(405, f"{self.command} is not served here; use GET or HEAD.", ("Allow", "GET, HEAD"))
-        self.route, _, self.query = self.path.partition("?")
-
-    def _parse(self) -> bool:
-        try:
-            return self.parse_request()
-        except Exception:  # the parser is the one for mail, and raises all kinds of errors for odd header parameters
-            return False
-
-    def header(self, name: str) -> str:
-        return str(self.headers.get(name, ""))
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.error = _plain(code, message or HTTPStatus(code).description)
-
-    def handle_expect_100(self) -> bool:
-        return True
 
 
 class Stage(IntEnum):
@@ -127,8 +67,9 @@ class Stage(IntEnum):
 class Endpoint:
     """Serves /metrics, /targets and / on a listening socket, from a thread, until stop().
 
-    exposition: what /metrics shows. about: what / says of this process, by name. find_targets, look: conversations that
-    return the http_sd document of /targets, and what / shows of all processes. activity: what this process did lately.
+    exposition: what /metrics shows. about: what / says of this process, by name. find_targets, survey: conversations
+    that return the http_sd document of /targets, and what / shows of all processes. activity: what this process did
+    lately.
     tls: serve HTTPS. read_token: returns the bearer token to require, if any. read_keys: returns the keys of the site,
     with which its own processes ask instead. host: under which Prometheus reaches it. claimed_at: when (time.monotonic)
     the port was claimed.
@@ -140,7 +81,7 @@ class Endpoint:
         *,
         about: Callable[[], Mapping[str, object]],
         find_targets: Callable[[Loop], Steps[bytes]],
-        look: Callable[[Loop], Steps[Look]],
+        survey: Callable[[Loop], Steps[Overview]],
         exposition: Exposition,
         activity: Activity,
         tls: ssl.SSLContext | None = None,
@@ -152,7 +93,7 @@ class Endpoint:
         self._listener = listener
         self._about = about
         self._find_targets = find_targets
-        self._look = look
+        self._survey = survey
         self._exposition = exposition
         self._activity = activity
         self._own = own_metrics()
@@ -241,7 +182,7 @@ class Endpoint:
             if self._tls:
                 sock = tls = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                 yield from attempt(tls, tls.do_handshake, READ)
-            head = yield from _receive_head(sock)
+            head = yield from receive_head(sock)
             if head:
                 self._connections[connection] = Stage.ANSWERED
                 connection.set_deadline(ANSWER_SECONDS)
@@ -283,14 +224,14 @@ class Endpoint:
             if authorized:
                 response = yield from self._route(request)
             else:
-                response = _plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
+                response = plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
         except (GeneratorExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # gevent.Timeout and SystemExit too
             if request.route == "/metrics":
                 self._own.failed.inc()
             self._log.error(request.route, "Answering %s failed.", request.route, exc_info=error)
-            response = _plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
+            response = plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
         if probe is None:
             return response
         if isinstance(probe, str):
@@ -311,7 +252,7 @@ class Endpoint:
             return Response(200, "application/json", (yield from self._loop.share("/targets", find)))
         if request.route == "/":
             return (yield from self._page(request))
-        return _plain(404, "Nothing is served here; try /metrics, /targets or /.")
+        return plain(404, "Nothing is served here; try /metrics, /targets or /.")
 
     def _scrape(self, request: Request) -> Steps[Response]:
         names = tuple(parse_qs(request.query).get("name[]", ()))
@@ -355,7 +296,7 @@ class Endpoint:
                         yield from self._loop.gather([self._render(ACCEPT, ACCEPT_ENCODING)], COUNT_PATIENCE_SECONDS)
                 about.update(series=self._exposition.series, activity=self._activity.samples())
             return Response(200, "application/json", json.dumps(about).encode())
-        found = yield from self._loop.share("/", partial(self._look, self._loop))  # asks every port of the range
+        found = yield from self._loop.share("/", partial(self._survey, self._loop))  # asks every port of the range
         if found.origin is not None:
             found = found._replace(origin=_find_origin(request.header("Host"), found.origin))
         pieces, rested = [], perf_counter()
@@ -367,12 +308,6 @@ class Endpoint:
         return Response(200, "text/html; charset=utf-8", html.encode(pieces), html.HEADERS)
 
 
-def is_authorized(header: str, token: str) -> bool:
-    """Return whether an Authorization header carries the bearer token; how long it takes tells nothing of the token."""
-    scheme, _, given = header.partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
-
-
 def _find_origin(host: str, known: str) -> str:
     """Return scheme and host by which a browser came here, so that links lead it to the other ports the same way."""
     try:
@@ -380,20 +315,3 @@ def _find_origin(host: str, known: str) -> str:
         return make_origin(known.partition(":")[0], check_host(name))
     except ValueError:
         return known
-
-
-def _plain(status: int, text: str, *headers: tuple[str, str]) -> Response:
-    return Response(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
-
-
-def _receive_head(sock: socket.socket) -> Steps[bytes]:
-    """Return what the peer sent up to the empty line, or past the limit; nothing if it hung up before."""
-    head = bytearray()
-    while not (end := HEADER_END.search(head)) and len(head) <= MAX_HEADER_BYTES:
-        chunk = yield from receive(sock)
-        if not chunk:
-            return b""
-        head += chunk
-        if NO_REQUEST.match(head):  # TLS where there is none, say: no use in waiting for an empty line
-            break
-    return bytes(head[: end.end()] if end else head)

@@ -1,4 +1,4 @@
-"""Ports: which ones may be claimed, claiming the lowest free one, and who waits for one.
+"""Ports: which ones may be claimed, and claiming the lowest free one.
 
 A process holds a port while its listening socket is bound to it. The kernel arbitrates, and frees
 the port when the process ends, however it ends.
@@ -7,15 +7,11 @@ the port when the process ends, however it ends.
 from __future__ import annotations
 
 import errno
-import hmac
 import ipaddress
-import os
 import re
 import socket
-import struct
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # Prometheus closes its connection after a scrape that it gave up, and others ask too: a short queue is enough.
@@ -134,106 +130,3 @@ def _listen(family: socket.AddressFamily, target: tuple[Any, ...]) -> socket.soc
                 return None
             # Linux lets two SO_REUSEADDR sockets bind one port while neither listens, and then may refuse both.
     return None
-
-
-def announce_waiting(ports: Sequence[int]) -> socket.socket | None:
-    """Make this process count as waiting for one of the ports until the returned socket is closed.
-
-    The sign is an abstract unix socket: like a port it belongs to the network namespace and ends with the
-    process, and needs no folder. Only Linux has them; elsewhere the answer is None.
-    """
-    return _bind_sign(socket.SOCK_DGRAM, f"\0{_waiting_name(ports)}{os.getpid()}")
-
-
-def count_waiting(ports: Sequence[int]) -> int:
-    """Return how many processes wait for one of these ports."""
-    # man 5 proc: /proc/net/unix shows the leading NUL of an abstract name as "@".
-    try:
-        table = Path("/proc/net/unix").read_text(errors="replace")
-    except OSError:
-        return 0
-    return table.count(f" @{_waiting_name(ports)}")
-
-
-def open_step_down(key: bytes) -> socket.socket | None:
-    """Listen for a child of this process that relieves it of its port: relieve_parent(). Linux only.
-
-    The name is known to who has the key of the site, so that no other user has it first.
-    """
-    name = _step_down_name(key, os.getpid())
-    return _bind_sign(socket.SOCK_STREAM, name) if name else None
-
-
-def is_child(peer: socket.socket) -> bool:
-    """Return whether who connected to the step-down socket is a child of this process."""
-    try:
-        # The parent's pid is the second field behind the name.
-        return int(_read_stat(_peer(peer)[0])[1]) == os.getpid()
-    except OSError:  # it has ended
-        return False
-
-
-def relieve_parent(key: bytes, seconds: float) -> None:
-    """Wait until the parent has freed its port, if it has one and a step-down socket, and served no request."""
-    parent = os.getppid()
-    name = _step_down_name(key, parent)
-    if not name:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            sock.setblocking(False)  # nobody may keep this process waiting but its parent
-            sock.connect(name)
-            pid, user = _peer(sock)
-            if pid == parent and user in (0, os.geteuid()):
-                sock.settimeout(seconds)
-                sock.recv(1)  # it says nothing, and hangs up when it is done
-        except OSError:
-            pass
-
-
-def _peer(sock: socket.socket) -> tuple[int, int]:
-    """Return process and user at the other end: who connected, or who began to listen."""
-    # man 7 unix: struct ucred.
-    pid, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, user
-
-
-def _read_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat behind the name, which may have parentheses in it (man 5 proc)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _step_down_name(key: bytes, pid: int) -> str | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        began = _read_stat(pid)[19]  # in clock ticks after the boot
-    except OSError:  # of another pid namespace, or hidden
-        return None
-    return f"\0django_promports/step-down/{hmac.new(key, f'step-down {pid} {began}'.encode(), 'sha256').hexdigest()}"
-
-
-def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
-    if sys.platform != "linux":
-        return None
-    sign = socket.socket(socket.AF_UNIX, kind)
-    try:
-        sign.setblocking(False)
-        sign.bind(name)
-        if kind == socket.SOCK_STREAM:
-            sign.listen()
-    except OSError:  # this process has it already
-        sign.close()
-        return None
-    return sign
-
-
-def format_waiting(count: int) -> str:
-    """Return how a person says how many processes wait."""
-    if count == 1:
-        return "1 process waits for a port and is not metered"
-    return f"{count} processes wait for a port and are not metered"
-
-
-def _waiting_name(ports: Sequence[int]) -> str:
-    return f"django_promports/waiting/{ports[0]}-{ports[-1]}x{len(ports)}/"

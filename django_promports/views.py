@@ -17,8 +17,8 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, look
-from django_promports.endpoint import is_authorized
+from django_promports.discovery import find_targets, survey
+from django_promports.http import is_authorized
 from django_promports.loop import Loop
 from django_promports.page import html
 
@@ -64,4 +64,4 @@ def _is_staff(user: Any) -> bool:
 
 def _draw(request: HttpRequest) -> HttpResponse:
     with contextlib.closing(Loop()) as loop:
-        return HttpResponse(html.render(loop.complete(look(loop))), headers=dict(html.HEADERS))
+        return HttpResponse(html.render(loop.complete(survey(loop))), headers=dict(html.HEADERS))

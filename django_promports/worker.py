@@ -33,16 +33,17 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 
-from django_promports import ports, targets
+from django_promports import ports, presence
 from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, look
+from django_promports.discovery import find_targets, survey
 from django_promports.endpoint import Endpoint
 from django_promports.loop import READ, Steps
 from django_promports.own import own_metrics
+from django_promports.probe import APPLICATION
 from django_promports.scrape.exposition import Exposition
 
 logger = logging.getLogger("django_promports")
@@ -91,7 +92,7 @@ def _on_handler() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
-            ports.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
+            presence.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
             _claim()
     except Exception:
         logger.exception("This process (pid %s) claims no metrics port before its first request.", os.getpid())
@@ -217,7 +218,7 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
         exposition=Exposition(_binding, created=conf.PROMPORTS_CREATED_SERIES),
         about=_describe(claim.port),
         find_targets=find_targets,
-        look=look,
+        survey=survey,
         activity=Activity(_binding.registry, conf.metric_namespace),
         tls=conf.server_tls(),
         read_token=conf.read_token,
@@ -226,8 +227,8 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
         claimed_at=process.claimed_at,
     )
     own_metrics().port.set(claim.port)
-    own_metrics().waiting.set_function(lambda: ports.count_waiting(port_range))
-    if not process.is_worker and (listener := ports.open_step_down(_read_first_key())):
+    own_metrics().waiting.set_function(lambda: presence.count_waiting(port_range))
+    if not process.is_worker and (listener := presence.open_step_down(_read_first_key())):
         endpoint.hold(partial(_await_child, process, listener), listener)
     return endpoint
 
@@ -242,7 +243,7 @@ def _read_first_key() -> bytes:
 
 def _describe(claimed: int) -> Any:
     about = {
-        "application": targets.APPLICATION,
+        "application": APPLICATION,
         "project": conf.project,
         "pid": os.getpid(),
         "port": claimed,
@@ -350,7 +351,7 @@ def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
         yield listener, READ
         with suppress(OSError):
             peer, _ = listener.accept()
-            if ports.is_child(peer) and not process.is_worker:
+            if presence.is_child(peer) and not process.is_worker:
                 threading.Thread(target=_step_down, args=[process, peer], daemon=True).start()
                 return
             peer.close()

@@ -22,7 +22,7 @@ from django_promports.binding import Binding
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.loop import Loop, Steps
-from django_promports.page.look import Look
+from django_promports.page.overview import Overview
 from django_promports.scrape.exposition import Exposition
 from tests.servers import ROOT
 
@@ -68,7 +68,7 @@ def endpoint(
         claim.listener,
         about=lambda: described,
         find_targets=_find_none,
-        look=look_nowhere,
+        survey=survey_nothing,
         exposition=Exposition(Binding(registry or CollectorRegistry())),
         activity=Activity(registry or CollectorRegistry()),
         tls=tls,
@@ -87,9 +87,9 @@ def _find_none(loop: Loop) -> Steps[bytes]:
     return b"[]"
 
 
-def look_nowhere(loop: Loop) -> Steps[Look]:
+def survey_nothing(loop: Loop) -> Steps[Overview]:
     yield from ()
-    return Look(conf.project, (), [], 0, "http://127.0.0.1")
+    return Overview(conf.project, (), [], 0, "http://127.0.0.1")
 
 
 def sign(request: bytes, body: bytes) -> bytes:

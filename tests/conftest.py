@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from django_promports import worker
 from tests.matrix import Row, write_table
+from tests.servers import ROOT
 
 # Every test gets a block of ports of its own, below the kernel's ephemeral ones.
 BLOCKS = range(12000, 32000, 16)
@@ -114,3 +117,32 @@ def this_process() -> Iterator[None]:
     """Let the test claim ports in this process, and free them after it."""
     yield
     worker.stop()
+
+
+# A process of its own that holds a socket until its standard input ends.
+HOLD = (
+    "import socket, sys; from django_promports import ports, presence\n{}\nprint('ready', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start processes that each hold a socket; they end with the test."""
+    children = []
+
+    def start(statement: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", HOLD.format(statement)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    yield start
+    for child in children:
+        child.communicate(timeout=30)

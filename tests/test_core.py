@@ -48,7 +48,7 @@ def serve(count):
         claim.listener,
         about=lambda: {},
         find_targets=lambda loop: iter(()),
-        look=lambda loop: iter(()),
+        survey=lambda loop: iter(()),
         exposition=Exposition(binding),
         activity=Activity(registry),
     )

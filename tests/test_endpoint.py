@@ -29,13 +29,14 @@ from django_promports import endpoint as endpoint_module
 from django_promports import thread as thread_module
 from django_promports.activity import Activity
 from django_promports.binding import Binding
-from django_promports.endpoint import MAX_CONNECTIONS, MAX_HEADER_BYTES, Endpoint
+from django_promports.endpoint import MAX_CONNECTIONS, Endpoint
+from django_promports.http import MAX_HEADER_BYTES, Request
 from django_promports.loop import Loop, Steps
 from django_promports.own import own_metrics
 from django_promports.ports import claim
+from django_promports.probe import count_samples
 from django_promports.scrape.exposition import Exposition
-from django_promports.targets import count_samples
-from tests.commands import look_nowhere
+from tests.commands import survey_nothing
 from tests.servers import ROOT, SECONDS, wait_until
 from tests.test_activity import count_requests
 
@@ -86,7 +87,7 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
         def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
-            options = {"about": lambda: about, "find_targets": find_targets, "look": look_nowhere} | options
+            options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
             exposition, activity = Exposition(Binding(registry)), Activity(registry)
             endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
             endpoint.start()
@@ -317,7 +318,7 @@ def test_any_header_parameter_is_parsed_or_refused() -> None:
     for _ in range(10_000):
         lines = [chance.choice(headers) + "".join(parameter() for _ in range(chance.randint(0, 3))) for _ in range(2)]
         head = "\r\n".join(["GET /metrics HTTP/1.1", *lines, "", ""]).encode("latin-1")
-        request = endpoint_module.Request(head[: endpoint_module.MAX_HEADER_BYTES])
+        request = Request(head[:MAX_HEADER_BYTES])
         outcomes[request.error.status if request.error else 200] += 1
         if request.error is None:
             assert isinstance(request.header("Accept"), str)
@@ -687,7 +688,8 @@ from django_promports.scrape.exposition import Exposition
 from django_promports.binding import Binding
 claim = ports.claim("127.0.0.1", [int(__import__("sys").argv[1])])
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
-endpoint = Endpoint(claim.listener, about=dict, find_targets=None, look=None, exposition=exposition, activity=activity)
+parts = {"exposition": exposition, "activity": activity}
+endpoint = Endpoint(claim.listener, about=dict, find_targets=None, survey=None, **parts)
 endpoint.start()
 url = f"http://127.0.0.1:{claim.port}/metrics"
 for _ in range(3):
@@ -809,7 +811,7 @@ listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
-Endpoint(listener, about=dict, find_targets=None, look=None, exposition=exposition, activity=activity).start()
+Endpoint(listener, about=dict, find_targets=None, survey=None, exposition=exposition, activity=activity).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted

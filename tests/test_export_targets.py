@@ -27,8 +27,8 @@ from prometheus_client.registry import Collector
 from pytest_django import Settings
 
 import django_promports
-from django_promports import targets
-from django_promports.ports import announce_waiting
+from django_promports import probe, targets
+from django_promports.presence import announce_waiting
 from django_promports.proof import REFUSALS
 from django_promports.stopping import stop_signals
 from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python, sign
@@ -633,7 +633,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
     free_ports: range, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports[:7]
-    monkeypatch.setattr(targets, "ASK_SECONDS", 2.0)
+    monkeypatch.setattr(probe, "ASK_SECONDS", 2.0)
     slow, registry = SlowCollector(), CollectorRegistry()
     registry.register(slow)
     garbage = b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n<html>"

@@ -43,9 +43,9 @@ from prometheus_client.samples import Sample
 
 from django_promports.binding import Binding
 from django_promports.ledger import Ledger
+from django_promports.probe import count_samples
 from django_promports.scrape import exposition
 from django_promports.scrape.exposition import Exposition
-from django_promports.targets import count_samples
 from django_promports.values import CellValue
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"

@@ -10,6 +10,8 @@ from tests.commands import run_python
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import send_requests
 
+pytestmark = pytest.mark.long
+
 # prometheus_client opens a file in the folder for each metric that is made. For root only a folder of the kernel's own
 # is one that no file can be made in.
 FOLDERS = {"missing": "{tmp}/missing", "file": "{tmp}/file", "unwritable": "/proc", "good": "{tmp}", "empty": ""}

@@ -13,6 +13,8 @@ import pytest
 
 from tests.servers import ROOT, Site, database, describe, gunicorn, listening_ports, manage, request, running, serving
 
+pytestmark = pytest.mark.long
+
 # Each imports django.test when it is loaded, and with it django.core.wsgi.
 NEIGHBOURS = [
     "wagtail",

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from django_promports import checks
 from django_promports.conf import MAX_SHOWN, Conf, conf
+from tests.examples import examples
 
 PROMPORTS = sorted(name for name in vars(Conf) if name.startswith("PROMPORTS_"))
 # Other settings and variables that the checks look at.
@@ -165,7 +166,7 @@ def check() -> list[django_checks.CheckMessage]:
     return messages
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(dict.fromkeys(PROMPORTS, Made(Hostile)), {})
 @example({}, dict.fromkeys(OTHERS, Made(Hostile)))
 @example(dict.fromkeys(PROMPORTS, UNSET), {})
@@ -197,7 +198,7 @@ def test_what_cannot_be_read_at_all_is_an_error_that_names_the_setting(name: str
     assert "promports.W008" not in [message.id for message in messages]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(VARIABLES),

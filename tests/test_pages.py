@@ -29,13 +29,14 @@ from selenium.webdriver.common.by import By
 
 from django_promports import views
 from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS, Sample
-from django_promports.page import html, look, rates
-from django_promports.page.look import Look, Worker
+from django_promports.page import html, rates
+from django_promports.page.overview import Overview
 from django_promports.page.rates import Rate
+from django_promports.probe import Answer, Seen, State, count_samples, read
 from django_promports.proof import UNSIGNED
-from django_promports.targets import Answer, count_samples
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
 from tests.commands import answering, run_python
+from tests.examples import examples
 from tests.servers import Site, database, describe, get, gunicorn, log_in, manage, request, wait_until
 
 PAGE = "/metrics/"
@@ -44,7 +45,7 @@ ABOUT = {"application": "django_promports", "project": "site"}
 STEADY = [Sample(ago, (60.0 - ago) * 7, (60.0 - ago) * 7, (60.0 - ago) * 0.07) for ago in range(60, -1, -5)]
 
 
-def render(found: Look, own: Mapping[str, object] | None = None) -> bytes:
+def render(found: Overview, own: Mapping[str, object] | None = None) -> bytes:
     return html.encode(html.draw(found, own))
 
 
@@ -72,19 +73,23 @@ class Elements(HTMLParser):
         return [str(attributes["href"]) for tag, attributes in self.tags if tag == "a"]
 
 
-def find(*workers: Worker, project: str = "site", waiting: int = 0, origin: str | None = "http://web1") -> Look:
-    return Look(project, range(19100, 19108), workers, waiting, origin)
+def seen(port: int, state: str, reason: str = "", **more: Any) -> Seen:
+    return Seen("127.0.0.1", port, State(state), reason, **more)
 
 
-def live(**about: Any) -> Worker:
-    return look.read(19100, Answer("live", {**ABOUT, **about}))
+def find(*workers: Seen, project: str = "site", waiting: int = 0, origin: str | None = "http://web1") -> Overview:
+    return Overview(project, range(19100, 19108), workers, waiting, origin)
 
 
-@hypothesis(deadline=None)
+def live(**about: Any) -> Seen:
+    return read("127.0.0.1", 19100, Answer(State.LIVE, {**ABOUT, **about}))
+
+
+@hypothesis(deadline=None, max_examples=examples(100))
 @given(text=st.text(st.characters(exclude_characters="\r\0"), min_size=1, max_size=30) | st.just("'\"><script>&lt;{x}"))
 def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     def draw(text: str) -> Elements:
-        said = [live(command=text), Worker(19101, "other", text), Worker(19102, "live", samples=STEADY)]
+        said = [live(command=text), seen(19101, "other", text), seen(19102, "live", samples=STEADY)]
         return Elements(render(find(*said, project=text, origin=f"http://{text}"), {f"-{text}": text, "port": 1}))
 
     drawn = draw(text)
@@ -94,7 +99,7 @@ def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     assert drawn.text.count(text.encode(errors="replace").decode()) >= 4
 
 
-@hypothesis(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis(deadline=None, max_examples=examples(100), suppress_health_check=[HealthCheck.too_slow])
 @given(
     about=st.fixed_dictionaries(
         {},
@@ -165,9 +170,9 @@ def test_what_is_not_known_is_a_dash() -> None:
     ("state", "reason"), [("silent", "no answer in 3 s"), ("other", "another program has the port")]
 )
 def test_a_state_is_told_by_word_and_shape_and_with_its_reason(state: str, reason: str) -> None:
-    said = Elements(render(find(Worker(19100, state, reason)))).text
+    said = Elements(render(find(seen(19100, state, reason)))).text
 
-    assert f"{html.STATES[state][0]} {state}" in said
+    assert f"{html.STATES[State(state)][0]} {state}" in said
     assert reason in said
     assert ("is the server running" in said) == (state == "other")  # a silent one may be a worker that hangs
     assert len({shape for shape, _ in html.STATES.values()}) == len(html.STATES)
@@ -181,7 +186,7 @@ def test_processes_that_wait_and_workers_that_are_missing_are_told() -> None:
 
 
 def test_the_page_fetches_nothing_and_its_policy_allows_nothing_else() -> None:
-    page = render(find(Worker(19100, "live", samples=STEADY)), {"port": 19100})
+    page = render(find(seen(19100, "live", samples=STEADY)), {"port": 19100})
     elements = Elements(page)
     attributes = {name for _, attributes in elements.tags for name in attributes}
 
@@ -194,7 +199,7 @@ def test_the_page_fetches_nothing_and_its_policy_allows_nothing_else() -> None:
 
 
 def test_table_and_plots_speak_to_who_cannot_see_them() -> None:
-    elements = Elements(render(find(Worker(19100, "live", samples=STEADY))))
+    elements = Elements(render(find(seen(19100, "live", samples=STEADY))))
     ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
     plots = [attributes for tag, attributes in elements.tags if tag == "svg"]
 
@@ -209,7 +214,7 @@ def test_table_and_plots_speak_to_who_cannot_see_them() -> None:
 
 def test_links_are_left_out_where_a_browser_would_be_refused() -> None:
     assert Elements(render(find(live(), origin=None))).links() == []
-    assert Elements(render(find(Worker(19100, "other")))).links() == []
+    assert Elements(render(find(seen(19100, "other")))).links() == []
     assert len(Elements(render(find(live()))).links()) == 3
 
 
@@ -238,7 +243,7 @@ def test_the_workers_add_up_and_who_answers_more_weighs_more() -> None:
 
 def test_a_plot_stays_within_its_frame() -> None:
     samples = [Sample(KEPT_SECONDS + 100 - i, i * i, i * i, i * 3) for i in range(0, 400, 5)]
-    page = render(find(Worker(19100, "live", samples=samples))).decode()
+    page = render(find(seen(19100, "live", samples=samples))).decode()
 
     points = re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'(?:points|d)="M?([^"]+)"', page)))
 

@@ -24,11 +24,11 @@ from prometheus_client import CollectorRegistry, Gauge
 from pytest_django import Settings
 
 import django_promports
-from django_promports import proof, targets
+from django_promports import probe, proof
 from django_promports.conf import conf
 from django_promports.loop import Loop
+from django_promports.probe import Answer, Site, State
 from django_promports.secret import NAME, make_secret, read_secret
-from django_promports.targets import Answer, Site
 from tests.commands import answering, call, endpoint
 from tests.servers import SECONDS, get, running, wait_until
 from tests.test_ports import needs_ipv6
@@ -104,7 +104,7 @@ def relay(port: int, tls: ssl.SSLContext | None = None) -> Callable[[bytes], byt
 
 def ask(port: int, site: Site, path: str = "/", host: str = "127.0.0.1") -> Answer:
     with contextlib.closing(Loop()) as loop:
-        return loop.complete(targets.ask(site, host, port, path))
+        return loop.complete(probe.ask(site, host, port, path))
 
 
 @pytest.fixture(params=[False, True], ids=["http", "https"])
@@ -355,7 +355,7 @@ def test_an_answer_that_is_an_error_is_signed_as_well(free_ports: range) -> None
     with endpoint(free_ports, project="this", keys=[KEY]) as port:
         found = ask(port, Site("this", keys=[KEY]), "/missing")
 
-    assert found == Answer("other", seconds=found.seconds, reason="the endpoint answers '404 Not Found'")
+    assert found == Answer(State.OTHER, seconds=found.seconds, reason="the endpoint answers '404 Not Found'")
 
 
 def test_a_token_that_cannot_be_read_shows_in_what_the_commands_see(
@@ -399,7 +399,7 @@ def test_a_long_answer_is_signed_whole(free_ports: range) -> None:
         found = ask(port, Site("this", keys=[KEY]), "/metrics")
 
     assert found.state == "live"
-    assert targets.count_samples(found.body) == 20_000
+    assert probe.count_samples(found.body) == 20_000
 
 
 def test_where_there_is_no_key_an_endpoint_is_believed_as_it_says(free_ports: range) -> None:
@@ -481,8 +481,8 @@ def test_other_programs_are_still_other_programs(free_ports: range) -> None:
 
 
 def test_a_peer_that_answers_without_end_ends_no_command(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "ASK_SECONDS", 0.5)
-    monkeypatch.setattr(targets, "MAX_ABOUT_BYTES", 1 << 40)
+    monkeypatch.setattr(probe, "ASK_SECONDS", 0.5)
+    monkeypatch.setattr(probe, "MAX_ABOUT_BYTES", 1 << 40)
     over = threading.Event()
 
     def stream() -> None:
@@ -496,7 +496,7 @@ def test_a_peer_that_answers_without_end_ends_no_command(free_ports: range, monk
         thread.start()
         with contextlib.closing(Loop()) as loop, endpoint(free_ports[2:], project="this", keys=[KEY]) as port:
             asked = [("127.0.0.1", number) for number in (free_ports[1], port)]
-            answers = loop.complete(targets.ask_all(loop, Site("this", keys=[KEY]), asked))
+            answers = loop.complete(probe.ask_all(loop, Site("this", keys=[KEY]), asked))
         over.set()
         thread.join()
 

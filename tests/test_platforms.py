@@ -18,6 +18,8 @@ from tests.commands import run_python
 from tests.minimal import django_admin, write_site
 from tests.servers import ROOT, database, gunicorn, manage, request, running, scrape, send_requests
 
+pytestmark = pytest.mark.long
+
 MACOS = """
 # The standard library asks for the platform when these are imported, and would look for what only macOS has.
 import asyncio, ctypes.util, multiprocessing, subprocess, sysconfig, urllib.request, uuid, webbrowser, zoneinfo

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from django_promports import ports
 from tests.commands import BECOME_NOBODY, run_python
-from tests.servers import ROOT
 
 
 def _has_ipv6() -> bool:
@@ -27,11 +23,8 @@ def _has_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract unix sockets")
 both_families = pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 
-# A process of its own that holds a socket until its standard input ends.
-HOLD = "import socket, sys; from django_promports import ports\n{}\nprint('ready', flush=True); sys.stdin.read()"
 LISTEN = (
     "held = socket.socket(); [held.setsockopt(socket.SOL_SOCKET, option, 1) for option in {}]; "
     "held.bind(('127.0.0.1', {})); held.listen()"
@@ -62,29 +55,6 @@ os.close(let_end)
 for _ in range(100):
     os.wait()
 """
-
-
-@pytest.fixture
-def hold() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Start processes that each hold a socket; they end with the test."""
-    children = []
-
-    def start(statement: str) -> subprocess.Popen[str]:
-        child = subprocess.Popen(
-            [sys.executable, "-c", HOLD.format(statement)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        children.append(child)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        return child
-
-    yield start
-    for child in children:
-        child.communicate(timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -305,119 +275,3 @@ def test_checking_an_address_takes_no_port(address: str) -> None:
 
     with pytest.raises(ValueError, match="'localhost' is no IP address"):
         ports.check_address("localhost")
-
-
-@needs_linux
-def test_waiting_processes_are_counted_for_each_range_until_they_stop_waiting_or_end(
-    free_ports: range, hold: Callable[[str], subprocess.Popen[str]]
-) -> None:
-    range_, other = free_ports[:4], free_ports[4:]
-    assert ports.count_waiting(range_) == 0
-    sign = ports.announce_waiting(range_)
-    assert sign is not None
-    first = hold(f"held = ports.announce_waiting({range_!r})")
-    hold(f"held = ports.announce_waiting({range_!r})")
-    hold(f"held = ports.announce_waiting({other!r})")
-
-    counts = [ports.count_waiting(range_)]
-    assert ports.announce_waiting(range_) is None
-    counts.append(ports.count_waiting(range_))
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    counts.append(ports.count_waiting(range_))
-    sign.close()
-    counts.append(ports.count_waiting(range_))
-
-    assert counts == [3, 3, 2, 1]
-    assert ports.count_waiting(other) == 1
-
-
-KEY = b"k" * 32
-# A child that says when it begins to wait for its parent, and when that is over.
-RELIEVE = (
-    "import os, sys; from django_promports import ports\n"
-    "print('begun', flush=True); ports.relieve_parent(bytes.fromhex(sys.argv[1]), float(sys.argv[2])); print('done')"
-)
-
-
-def _relieve(key: bytes, seconds: float) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", RELIEVE, key.hex(), str(seconds)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-@needs_linux
-def test_a_child_waits_until_its_parent_has_stepped_down() -> None:
-    listener = ports.open_step_down(KEY)
-    assert listener is not None
-    with listener, _relieve(KEY, 60) as child:
-        listener.setblocking(True)
-        listener.settimeout(30)
-        peer, _ = listener.accept()
-        with peer:
-            assert ports.is_child(peer)
-            assert child.poll() is None
-            assert child.stdout is not None
-            assert child.stdout.readline() == "begun\n"
-        assert child.communicate(timeout=30)[0] == "done\n"
-
-
-@needs_linux
-@pytest.mark.parametrize("key", [b"", KEY], ids=["without a key", "with the key"])
-def test_a_stranger_who_listens_under_the_name_of_the_parent_delays_nobody(
-    key: bytes, hold: Callable[[str], subprocess.Popen[str]]
-) -> None:
-    hold(
-        f"name = ports._step_down_name({key!r}, {os.getpid()})\n"
-        "held = socket.socket(socket.AF_UNIX); held.bind(name); held.listen()"
-    )
-
-    with _relieve(key, 600) as child:
-        assert child.communicate(timeout=30)[0] == "begun\ndone\n"
-
-
-@needs_linux
-def test_a_stranger_whose_queue_is_full_delays_nobody(hold: Callable[[str], subprocess.Popen[str]]) -> None:
-    hold(
-        f"name = ports._step_down_name({KEY!r}, {os.getpid()})\n"
-        "held = socket.socket(socket.AF_UNIX); held.bind(name); held.listen(0)\n"
-        "callers = [socket.socket(socket.AF_UNIX) for _ in range(3)]\n"
-        "[caller.setblocking(False) for caller in callers]; [caller.connect_ex(name) for caller in callers]"
-    )
-
-    with _relieve(KEY, 600) as child:
-        assert child.communicate(timeout=30)[0] == "begun\ndone\n"
-
-
-@needs_linux
-def test_who_has_no_key_cannot_know_the_name_and_takes_no_supervisors_place(
-    hold: Callable[[str], subprocess.Popen[str]],
-) -> None:
-    hold(
-        "names = [f'\\0django_promports/door/{0}', ports._step_down_name(b'', {0}), "
-        "ports._step_down_name(b'guess', {0})]\n"
-        "held = [socket.socket(socket.AF_UNIX) for _ in names]\n"
-        "[sock.bind(name) for sock, name in zip(held, names)]".replace("{0}", str(os.getpid()))
-    )
-
-    listener = ports.open_step_down(KEY)
-
-    assert listener is not None
-    listener.close()
-
-
-@needs_linux
-def test_nobody_but_a_child_relieves_a_process(hold: Callable[[str], subprocess.Popen[str]]) -> None:
-    listener = ports.open_step_down(KEY)
-    assert listener is not None
-    with listener, socket.socket(socket.AF_UNIX) as stranger:
-        listener.setblocking(True)
-        stranger.connect(listener.getsockname())
-        peer, _ = listener.accept()
-        with peer:
-            assert not ports.is_child(peer)  # it is this process
-
-
-@needs_linux
-def test_who_has_no_parent_to_relieve_goes_on(hold: Callable[[str], subprocess.Popen[str]]) -> None:
-    with _relieve(KEY, 600) as child:
-        assert child.communicate(timeout=30)[0] == "begun\ndone\n"

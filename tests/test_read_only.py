@@ -18,6 +18,8 @@ import pytest
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import Site, scrape, send_requests
 
+pytestmark = pytest.mark.long
+
 # Everything but what was mounted apart, like /proc, and /dev/shm where it is to be writable. Nor has any user a name.
 NAMESPACE = """
 for folder in /tmp /var/tmp /usr/tmp "$PWD" {folders}; do

@@ -32,6 +32,8 @@ from tests.servers import (
     wait_until,
 )
 
+pytestmark = pytest.mark.rules
+
 FOLDER = ROOT / "prometheus"
 RULE_FILES = sorted(FOLDER.glob("rules/*.yml"))
 TEST_FILES = sorted(FOLDER.glob("tests/*.yml"))

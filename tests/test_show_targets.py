@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from pytest_django import Settings
 
 import django_promports
-from django_promports import ports, targets
+from django_promports import presence, probe
 from tests.commands import answering, call, endpoint
 from tests.servers import ROOT, manage, running, wait_until
 
@@ -82,7 +82,7 @@ def test_json_has_every_port(free_ports: range, settings: Settings, registry: Co
 
     shown = json.loads(out)
     seconds = shown["targets"][0].pop("scrape_seconds")
-    assert 0 < seconds < targets.ASK_SECONDS
+    assert 0 < seconds < probe.ASK_SECONDS
     unknown = {"pid": None, "command": None, "uptime_seconds": None, "series": None}
     assert shown == {
         "targets": [
@@ -121,7 +121,7 @@ def test_a_port_that_never_answers_is_silent(
     free_ports: range, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports
-    monkeypatch.setattr(targets, "ASK_SECONDS", 0.2)
+    monkeypatch.setattr(probe, "ASK_SECONDS", 0.2)
 
     with socket.create_server(("127.0.0.1", free_ports[2])):
         out, _ = call("show_targets")
@@ -133,7 +133,7 @@ def test_a_port_that_never_answers_is_silent(
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX") or not os.path.exists("/proc/net/unix"), reason="not Linux")
 def test_processes_without_a_port_are_counted(free_ports: range, settings: Settings) -> None:
     settings.PROMPORTS_PORT_RANGE = free_ports
-    sign = ports.announce_waiting(free_ports)
+    sign = presence.announce_waiting(free_ports)
     assert sign is not None
 
     with sign:

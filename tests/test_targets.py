@@ -27,10 +27,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from django_promports import targets
+from django_promports import probe, targets
+from django_promports.kubernetes import dump_kubernetes
 from django_promports.loop import Loop
-from django_promports.targets import Answer, Site, TargetGroup
+from django_promports.probe import Answer, Site, State
+from django_promports.targets import TargetGroup
+from django_promports.tls import client_context
 from tests.commands import BECOME_NOBODY, answering, endpoint, run_python
+from tests.examples import examples
 from tests.servers import wait_until
 
 SITE = Site("this")
@@ -69,7 +73,9 @@ groups_of_targets = st.lists(
     max_size=3,
 )
 # The same examples each time, and no complaint about a slow machine.
-quietly = hypothesis_settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quietly = hypothesis_settings(
+    max_examples=examples(100), derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +304,7 @@ def _check_schema(value: Any, schema: Any) -> None:
 def test_kubernetes_and_the_operator_know_every_field(name: str, options: dict[str, Any]) -> None:
     ports = (1, 19100, 65535)
 
-    container, monitor = yaml.safe_load_all(b"".join(targets.dump_kubernetes(name, ports, **options)))
+    container, monitor = yaml.safe_load_all(b"".join(dump_kubernetes(name, ports, **options)))
 
     _check_schema(container, CONTAINER)
     _check_schema(monitor, POD_MONITOR)
@@ -461,18 +467,18 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
 
 def test_a_port_where_nobody_listens_is_free(free_ports: range) -> None:
-    assert _ask(free_ports[0]) == Answer("free")
+    assert _ask(free_ports[0]) == Answer(State.FREE)
 
 
 def test_a_port_that_never_answers_is_silent(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "ASK_SECONDS", 0.2)
+    monkeypatch.setattr(probe, "ASK_SECONDS", 0.2)
 
     with socket.create_server(("127.0.0.1", free_ports[0])):
-        assert _ask(free_ports[0]) == Answer("silent", reason="no answer in 0.2 s")
+        assert _ask(free_ports[0]) == Answer(State.SILENT, reason="no answer in 0.2 s")
 
 
 def test_many_silent_ports_are_waited_for_together(free_ports: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "ASK_SECONDS", 0.5)
+    monkeypatch.setattr(probe, "ASK_SECONDS", 0.5)
     with contextlib.ExitStack() as stack:
         for port in free_ports:
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -515,7 +521,7 @@ def _http(status: str, server: str, about: object) -> bytes:
 def test_only_an_endpoint_of_this_site_is_live(
     answer: bytes, state: str, free_ports: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "MAX_ABOUT_BYTES", 150_000)
+    monkeypatch.setattr(probe, "MAX_ABOUT_BYTES", 150_000)
 
     with answering(free_ports[0], answer):
         assert _ask(free_ports[0]).state == state
@@ -548,8 +554,8 @@ def test_endpoints_are_told_apart_by_their_project_and_asked_for_any_path(free_p
 
     assert [answer.state for answer in answers] == ["other", "live", "live"]
     assert answers[1].about == {**ABOUT, "pid": 7}
-    assert 0 < answers[1].seconds < targets.ASK_SECONDS
-    assert (scrape.state, targets.count_samples(scrape.body)) == ("live", 0)
+    assert 0 < answers[1].seconds < probe.ASK_SECONDS
+    assert (scrape.state, probe.count_samples(scrape.body)) == ("live", 0)
     assert missing.state == "other"
 
 
@@ -570,7 +576,7 @@ def test_an_endpoint_with_tls_and_a_token_is_live_to_who_speaks_tls_and_has_a_ke
 ) -> None:
     issued = trustme.CA().issue_cert("127.0.0.1")
     issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
-    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None) if with_tls else None, keys)
+    site = Site("this", client_context(str(tmp_path / "both.pem"), None) if with_tls else None, keys)
     server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     issued.configure_cert(server_tls)
 
@@ -580,7 +586,7 @@ def test_an_endpoint_with_tls_and_a_token_is_live_to_who_speaks_tls_and_has_a_ke
 
 def test_nothing_is_live_where_no_tls_is_spoken(free_ports: range, tmp_path: Path) -> None:
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
-    site = Site("this", targets.client_tls(str(tmp_path / "both.pem"), None))
+    site = Site("this", client_context(str(tmp_path / "both.pem"), None))
 
     with endpoint(free_ports, project="this") as plain, answering(free_ports[1], b"220 mail ESMTP\r\n"):
         assert _ask(plain, site).state == "other"
@@ -609,7 +615,7 @@ def test_a_host_name_with_several_addresses_is_asked_at_each(
     [(b"", 0), (b"# HELP a b\n# TYPE a gauge\na 1\n", 1), (b'a{b="c"} 1\n\na{b="#"} 2\n# EOF\n', 2)],
 )
 def test_the_samples_of_an_exposition_are_its_lines_without_comments(exposition: bytes, count: int) -> None:
-    assert targets.count_samples(exposition) == count
+    assert probe.count_samples(exposition) == count
 
 
 def _ask(port: int, site: Site = SITE) -> Answer:
@@ -619,4 +625,4 @@ def _ask(port: int, site: Site = SITE) -> Answer:
 
 def _ask_all(asked: Sequence[tuple[str, int]], path: str = "/", site: Site = SITE) -> list[Answer]:
     with contextlib.closing(Loop()) as loop:
-        return loop.complete(targets.ask_all(loop, site, asked, path))
+        return loop.complete(probe.ask_all(loop, site, asked, path))

@@ -18,9 +18,11 @@ from time import gmtime, strftime
 from typing import Any
 
 from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS
-from django_promports.page.look import Look, Worker
+from django_promports.page.overview import Overview
 from django_promports.page.rates import NOW_SECONDS, Rate, add_up, mean, measure_all, measure_now
-from django_promports.ports import format_ports, format_waiting
+from django_promports.ports import format_ports
+from django_promports.presence import format_waiting
+from django_promports.probe import Seen, State
 
 REFRESH_SECONDS = 5
 NOTHING = "\N{EN DASH}"
@@ -30,9 +32,9 @@ SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 
 # Each state as a shape too: not everybody sees colours.
 STATES = {
-    "live": ("\N{BLACK CIRCLE}", "a worker of this site answers"),
-    "silent": ("\N{WHITE CIRCLE}", "it is connected, and does not answer in time"),
-    "other": ("\N{BLACK UP-POINTING TRIANGLE}", "another program or site has the port"),
+    State.LIVE: ("\N{BLACK CIRCLE}", "a worker of this site answers"),
+    State.SILENT: ("\N{WHITE CIRCLE}", "it is connected, and does not answer in time"),
+    State.OTHER: ("\N{BLACK UP-POINTING TRIANGLE}", "another program or site has the port"),
 }
 
 
@@ -82,7 +84,7 @@ A new process begins a new plot, and goes on with the counts of the one before.<
 """
 
 
-def render(found: Look) -> bytes:
+def render(found: Overview) -> bytes:
     """Return the page of a site."""
     return encode(draw(found))
 
@@ -92,7 +94,7 @@ def encode(pieces: Iterable[str]) -> bytes:
     return "".join(pieces).encode(errors="replace")
 
 
-def draw(found: Look, own: Mapping[str, object] | None = None) -> Iterator[str]:
+def draw(found: Overview, own: Mapping[str, object] | None = None) -> Iterator[str]:
     """Yield the page in pieces that take a millisecond or so to make, and more in a large site.
 
     own: what the worker that serves it says of itself; None if the site serves it.
@@ -123,20 +125,20 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} m {rest} s" if minutes else f"{rest} s"
 
 
-def _draw_summary(found: Look) -> Iterator[str]:
+def _draw_summary(found: Overview) -> Iterator[str]:
     states = Counter(worker.state for worker in found.workers)
     free = len(found.ports) - len(found.workers)
     ports = f" in {format_ports(found.ports)}" if found.ports else ""
-    said = [f"{states[state]} {state}" for state in STATES if states[state] or state == "live"]
+    said = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
     yield f"<p>{', '.join(said)}, {free} of {len(found.ports)} ports free{escape(ports)} "
     yield f'<span class="soft">\N{MIDDLE DOT} {escape(found.project)}</span></p>\n'
     if found.waiting:
         yield f'<p class="warning">{escape(format_waiting(found.waiting))}; widen PROMPORTS_PORT_RANGE.</p>\n'
-    if found.ports and not states["live"] + states["silent"]:
+    if found.ports and not states[State.LIVE] + states[State.SILENT]:
         yield '<p class="soft">No worker of this site holds a port: is the server running?</p>\n'
 
 
-def _draw_sums(workers: Sequence[Worker], many: Sequence[Sequence[Rate]]) -> Iterator[str]:
+def _draw_sums(workers: Sequence[Seen], many: Sequence[Sequence[Rate]]) -> Iterator[str]:
     rates = add_up(many)
     requests, _, latency = mean([rate for worker in workers if (rate := measure_now(worker.samples))])
     yield '<section class="sums" aria-label="All workers">\n'
@@ -154,7 +156,7 @@ def _draw_sums(workers: Sequence[Worker], many: Sequence[Sequence[Rate]]) -> Ite
     yield "</section>\n"
 
 
-def _draw_table(found: Look, many: Sequence[Sequence[Rate]], own_port: object) -> Iterator[str]:
+def _draw_table(found: Overview, many: Sequence[Sequence[Rate]], own_port: object) -> Iterator[str]:
     top = max((rate.requests for rates in many for rate in rates), default=0.0)
     slow = max((rate.latency or 0.0 for rates in many for rate in rates), default=0.0)
     yield '<table role="table">\n'
@@ -180,11 +182,11 @@ def _draw_table(found: Look, many: Sequence[Sequence[Rate]], own_port: object) -
 
 
 def _draw_row(
-    worker: Worker, rates: Sequence[Rate], top: float, slow: float, origin: str | None, is_own: bool
+    worker: Seen, rates: Sequence[Rate], top: float, slow: float, origin: str | None, is_own: bool
 ) -> Iterator[str]:
     port, now = worker.port, measure_now(worker.samples)
-    is_live = worker.state == "live"
-    shape, meaning = STATES.get(worker.state, STATES["other"])
+    is_live = worker.state == State.LIVE
+    shape, meaning = STATES[worker.state]
     base = escape(f"{origin}:{port}")
     link = f'<a href="{base}/">{port}</a>' if origin and is_live else port
     current = ' aria-current="true"' if is_own else ""

@@ -28,7 +28,7 @@ from urllib.parse import urlencode
 from django.core.management.base import BaseCommand, CommandError
 from prometheus_client.parser import text_string_to_metric_families
 
-from django_promports import targets
+from django_promports import probe
 from django_promports.conf import conf
 from django_promports.loop import Loop
 from django_promports.ports import RangeFull, claim, format_ports
@@ -220,9 +220,9 @@ class Command(BaseCommand):
                         counts[sample.labels["view"]] += int(sample.value)
         return counted
 
-    def ask_workers(self, path: str) -> dict[int, targets.Answer]:
+    def ask_workers(self, path: str) -> dict[int, probe.Answer]:
         with closing(Loop()) as loop:
-            answers = loop.complete(targets.ask_all(loop, conf.site, [(HOST, port) for port in self.ports], path))
+            answers = loop.complete(probe.ask_all(loop, conf.site, [(HOST, port) for port in self.ports], path))
         return {port: answer for port, answer in zip(self.ports, answers, strict=True) if answer.state == "live"}
 
     def ask_prometheus(self, metric: str = METRIC) -> Counter[str]:

@@ -13,11 +13,13 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
-from django_promports import targets
+from django_promports import probe, targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
+from django_promports.kubernetes import dump_kubernetes
 from django_promports.loop import Loop
-from django_promports.ports import count_waiting, format_waiting
+from django_promports.presence import count_waiting, format_waiting
+from django_promports.probe import State
 from django_promports.stopping import parse_seconds, stop_signals
 
 
@@ -143,14 +145,14 @@ class Command(BaseCommand):
         with _said_to_the_user(), contextlib.closing(Loop()) as loop:
             hosts, ports = options["hosts"], conf.PROMPORTS_PORT_RANGE
             asked = dict.fromkeys(hosts or [conf.local_address], ports)
-            found = loop.complete(targets.look(loop, conf.site, asked))
+            found = loop.complete(probe.inspect(loop, conf.site, asked))
         idle, faults = dict.fromkeys(asked), 0
         for seen in found:
-            pid = f"pid {seen.answer.about.get('pid')!r}" if seen.answer.state == "live" else ""
-            words = ", ".join(filter(None, [pid, seen.problem]))
-            self.stdout.write(f"{targets.format_target(seen.host, seen.port)}  {seen.answer.state:6}  {words}".rstrip())
-            faults += bool(seen.problem)
-            if seen.answer.state == "live":
+            pid = f"pid {seen.pid}" if seen.state == State.LIVE else ""
+            words = ", ".join(filter(None, [pid, seen.reason]))
+            self.stdout.write(f"{targets.format_target(seen.host, seen.port)}  {seen.state:6}  {words}".rstrip())
+            faults += bool(seen.reason)
+            if seen.state == State.LIVE:
                 idle.pop(seen.host, None)
         wrong = [f"{faults} of {len(found)} ports cannot be scraped"] if faults else []
         if idle:
@@ -168,7 +170,7 @@ class Command(BaseCommand):
             if ipaddress.ip_address(conf.PROMPORTS_ADDRESS).is_loopback:
                 self.stderr.write("PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.")
             return partial(
-                targets.dump_kubernetes,
+                dump_kubernetes,
                 conf.slug,
                 conf.PROMPORTS_PORT_RANGE,
                 labels=labels,
@@ -181,7 +183,7 @@ class Command(BaseCommand):
         if options["live"]:
             asked = dict.fromkeys(hosts or [conf.local_address], ports)
             with contextlib.closing(Loop()) as loop:
-                self.live = loop.complete(targets.find_live(loop, conf.site, asked, self.live))
+                self.live = loop.complete(probe.find_live(loop, conf.site, asked, self.live))
             exported = dict(zip(exported, self.live.values(), strict=True))
         dump = targets.dump_yaml if options["format"] == "yaml" else targets.dump_json
         scheme, workers = conf.scheme, ports if options["worker_label"] else ()

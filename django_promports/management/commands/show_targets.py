@@ -15,18 +15,20 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
-from django_promports import targets
+from django_promports import probe
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
 from django_promports.page.html import format_duration
-from django_promports.ports import count_waiting, format_ports, format_waiting
+from django_promports.ports import format_ports
+from django_promports.presence import count_waiting, format_waiting
+from django_promports.probe import Seen, State
 from django_promports.stopping import parse_seconds, stop_signals
 
 COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
 # Columns of numbers stand right.
 RIGHT = {"port", "pid", "uptime", "series", "scrape"}
-COLOURS = {"live": "green", "silent": "yellow", "other": "red"}
+COLOURS = {State.LIVE: "green", State.SILENT: "yellow", State.OTHER: "red"}
 WATCH_SECONDS = 2.0
 
 Rows = Sequence[dict[str, Any]]
@@ -57,7 +59,7 @@ class Command(BaseCommand):
             if options["watch"] is not None:
                 self.watch(**options)
                 return
-            rows, waiting = _look()
+            rows, waiting = _inspect()
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from None
         if options["json"]:
@@ -77,7 +79,7 @@ class Command(BaseCommand):
         with stop_signals() as told_to_stop, self.screen(**options) as show:
             try:
                 while True:
-                    show(*_look())
+                    show(*_inspect())
                     if told_to_stop(options["watch"]):
                         break
             except BrokenPipeError:  # who reads has seen enough; Python's own flush at the end must not complain
@@ -100,7 +102,7 @@ class Command(BaseCommand):
             for name in header:
                 table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
             for port, state, *others in cells:
-                table.add_row(port, Text(state, COLOURS[state]), *map(Text, others))
+                table.add_row(port, Text(state, COLOURS[State(state)]), *map(Text, others))
             summary, *warnings = _summary(rows, waiting)
             # On a low terminal the end is cut off, which may as well be ports.
             top = Text(f"{strftime('%X')}  {summary}")
@@ -117,25 +119,23 @@ class Command(BaseCommand):
         self.stdout.flush()
 
 
-def _look() -> tuple[Rows, int]:
+def _inspect() -> tuple[Rows, int]:
     """Return a row for each port, and how many processes wait for one."""
     ports = conf.PROMPORTS_PORT_RANGE
     with contextlib.closing(Loop()) as loop:
-        found = loop.complete(targets.look(loop, conf.site, {conf.local_address: ports}))
+        found = loop.complete(probe.inspect(loop, conf.site, {conf.local_address: ports}))
     return [_row(seen) for seen in found], count_waiting(ports)
 
 
-def _row(seen: targets.Seen) -> dict[str, Any]:
-    about, scrape = seen.answer.about, seen.scrape
-    scraped = scrape is not None and scrape.state == "live"
+def _row(seen: Seen) -> dict[str, Any]:
     return {
         "port": seen.port,
-        "state": seen.answer.state,
-        "pid": about.get("pid"),
-        "command": about.get("command"),
-        "uptime_seconds": about.get("uptime_seconds"),
-        "series": scrape.about["series"] if scrape and scraped else None,
-        "scrape_seconds": round(scrape.seconds, 4) if scrape and scraped else None,
+        "state": seen.state,
+        "pid": seen.pid,
+        "command": seen.command or None,
+        "uptime_seconds": seen.uptime,
+        "series": seen.series,
+        "scrape_seconds": seen.scrape_seconds,
     }
 
 
@@ -143,7 +143,7 @@ def _summary(rows: Rows, waiting: int) -> Iterator[str]:
     """Yield the line that is always there, and what is wrong."""
     states = Counter(row["state"] for row in rows)
     ports = [row["port"] for row in rows]
-    yield f"{states['live']} live, {states['free']} of {len(rows)} ports free in {format_ports(ports)}."
+    yield f"{states[State.LIVE]} live, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."
     if waiting:
         yield f"{format_waiting(waiting)}; widen PROMPORTS_PORT_RANGE."
 
@@ -152,7 +152,7 @@ def _cells(rows: Rows) -> list[list[str]]:
     """Return the header and the texts of the ports that are not free; nothing if all are."""
     cells = [list(COLUMNS)]
     for row in rows:
-        if row["state"] == "free":
+        if row["state"] == State.FREE:
             continue
         uptime, scrape = row["uptime_seconds"], row["scrape_seconds"]
         values = [

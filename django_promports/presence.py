@@ -1,0 +1,114 @@
+"""Presence: signs by which processes of one machine find each other, without a file and without asking a port.
+
+A sign is an abstract unix socket. Like a port it belongs to the network namespace and ends with its process. Only Linux
+has them; elsewhere no process is seen to wait, and no supervisor that spawns its workers is relieved of its port.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def announce_waiting(ports: Sequence[int]) -> socket.socket | None:
+    """Make this process count as waiting for one of the ports until the returned socket is closed. Linux only."""
+    return _bind_sign(socket.SOCK_DGRAM, f"\0{_waiting_name(ports)}{os.getpid()}")
+
+
+def count_waiting(ports: Sequence[int]) -> int:
+    """Return how many processes wait for one of these ports."""
+    # man 5 proc: /proc/net/unix shows the leading NUL of an abstract name as "@".
+    try:
+        table = Path("/proc/net/unix").read_text(errors="replace")
+    except OSError:
+        return 0
+    return table.count(f" @{_waiting_name(ports)}")
+
+
+def open_step_down(key: bytes) -> socket.socket | None:
+    """Listen for a child of this process that asks it to free its port: relieve_parent(). Linux only.
+
+    The name can be computed only with the key of the site, so no other user can bind it first.
+    """
+    name = _step_down_name(key, os.getpid())
+    return _bind_sign(socket.SOCK_STREAM, name) if name else None
+
+
+def is_child(peer: socket.socket) -> bool:
+    """Return whether the process that connected to the step-down socket is a child of this one."""
+    try:
+        # The parent's pid is the second field behind the name.
+        return int(_read_stat(_peer(peer)[0])[1]) == os.getpid()
+    except OSError:  # it has ended
+        return False
+
+
+def relieve_parent(key: bytes, seconds: float) -> None:
+    """Ask the parent to free its port, if it listens for that, and wait until it has."""
+    parent = os.getppid()
+    name = _step_down_name(key, parent)
+    if not name:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.setblocking(False)  # only the parent may keep this process waiting
+            sock.connect(name)
+            pid, user = _peer(sock)
+            if pid == parent and user in (0, os.geteuid()):
+                sock.settimeout(seconds)
+                sock.recv(1)  # the parent sends nothing, and closes the connection when its port is free
+        except OSError:
+            pass
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Return pid and user of the process at the other end: the one that connected, or that began to listen."""
+    # man 7 unix: struct ucred.
+    pid, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, user
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat behind the name, which may have parentheses in it (man 5 proc)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _step_down_name(key: bytes, pid: int) -> str | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        began = _read_stat(pid)[19]  # in clock ticks after the boot
+    except OSError:  # of another pid namespace, or hidden
+        return None
+    return f"\0django_promports/step-down/{hmac.new(key, f'step-down {pid} {began}'.encode(), 'sha256').hexdigest()}"
+
+
+def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
+    if sys.platform != "linux":
+        return None
+    sign = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sign.setblocking(False)
+        sign.bind(name)
+        if kind == socket.SOCK_STREAM:
+            sign.listen()
+    except OSError:  # this process has it already
+        sign.close()
+        return None
+    return sign
+
+
+def format_waiting(count: int) -> str:
+    """Return the sentence that says how many processes wait."""
+    if count == 1:
+        return "1 process waits for a port and is not metered"
+    return f"{count} processes wait for a port and are not metered"
+
+
+def _waiting_name(ports: Sequence[int]) -> str:
+    return f"django_promports/waiting/{ports[0]}-{ports[-1]}x{len(ports)}/"

@@ -1,0 +1,281 @@
+"""Probing: asking ports what they do, over HTTP.
+
+What a port answers is not trusted: any program may have it. Only an endpoint that proves to be of this site is live,
+and of what it says only what makes sense is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+from django_promports import proof
+from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS, Sample
+from django_promports.loop import WRITE, Loop, Steps, attempt, receive, send_all
+from django_promports.ports import resolve
+from django_promports.targets import format_target
+
+APPLICATION = "django_promports"
+# Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
+ASK_SECONDS = 3.0
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# What a worker says of itself is a few kB; more is another program's.
+MAX_ABOUT_BYTES = 1024 * 1024
+# Of what another program says no more than this is kept or shown.
+MAX_SAMPLES = 4 * int(KEPT_SECONDS / SAMPLE_SECONDS)
+MAX_TEXT = 200
+MAX_NUMBER = 1e15
+
+
+class State(str, Enum):
+    """What a port does: a worker of this site answers, nobody listens, no answer comes in time, or something else."""
+
+    LIVE = "live"
+    FREE = "free"
+    SILENT = "silent"
+    OTHER = "other"
+
+    # As the text that it is, in every version of Python: https://docs.python.org/3/library/enum.html#enum.StrEnum
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
+
+class Answer(NamedTuple):
+    """What a port said. about: the JSON of /. seconds: how long it took. reason: why it is silent or other."""
+
+    state: State
+    about: Mapping[str, Any] = {}
+    body: bytes = b""
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class Seen(NamedTuple):
+    """What was found at a target. What it says nothing credible about is None or empty.
+
+    reason: why Prometheus would not get its metrics; empty where it would, and where no process is. series,
+    scrape_seconds: of a scrape of /metrics. samples: its activity, as activity.Activity keeps it.
+    """
+
+    host: str
+    port: int
+    state: State
+    reason: str = ""
+    pid: int | None = None
+    command: str = ""
+    uptime: float | None = None
+    series: int | None = None
+    scrape_seconds: float | None = None
+    samples: Sequence[Sample] = ()
+
+
+class Site(NamedTuple):
+    """How the endpoints of one site are reached and known. Without keys any endpoint that says so is believed."""
+
+    project: str
+    tls: ssl.SSLContext | None = None
+    keys: Sequence[bytes] = ()
+
+
+def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: str = "/") -> Steps[list[Answer]]:
+    """Ask each (host, port) for a path and return the answers in order."""
+    answers = yield from loop.gather((ask(site, host, port, path) for host, port in targets), ASK_SECONDS)
+    return [answer or _silent() for answer in answers]
+
+
+def survey(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
+    """Ask each port of this machine what it does and did lately. No port is scraped for that."""
+    answers = yield from ask_all(loop, site, [(address, port) for port in ports], "/?activity")
+    return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
+
+
+def inspect(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[list[Seen]]:
+    """Ask hosts at their ports what they do, and scrape those that are live."""
+
+    def visit(host: str, port: int) -> Steps[Seen]:
+        try:
+            return read(host, port, (yield from ask(site, host, port)))
+        except ValueError as error:
+            return Seen(host, port, State.OTHER, str(error))
+
+    def scrape(seen: Seen) -> Steps[Seen]:
+        answer = yield from ask(site, seen.host, seen.port, "/metrics")
+        if answer.state != State.LIVE:
+            return seen._replace(reason=f"/metrics: {answer.reason}")
+        # The body is not kept: many thousand expositions would not fit into memory.
+        return seen._replace(series=count_samples(answer.body), scrape_seconds=round(answer.seconds, 4))
+
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    visited = yield from loop.gather((visit(*target) for target in asked), ASK_SECONDS)
+    found = [seen or read(*target, _silent()) for target, seen in zip(asked, visited, strict=True)]
+    live = [seen for seen in found if seen.state == State.LIVE]
+    scraped = yield from loop.gather(map(scrape, live), ASK_SECONDS)
+    late = f"/metrics: {_silent().reason}"
+    results = iter([after or before._replace(reason=late) for before, after in zip(live, scraped, strict=True)])
+    return [next(results) if seen.state == State.LIVE else seen for seen in found]
+
+
+def read(host: str, port: int, answer: Answer) -> Seen:
+    """Return what a port said, as far as it makes sense."""
+    about = answer.about
+    command = about.get("command")
+    return Seen(
+        host,
+        port,
+        answer.state,
+        answer.reason[:MAX_TEXT],
+        _whole(about.get("pid")),
+        command[:MAX_TEXT] if isinstance(command, str) else "",
+        _number(about.get("uptime_seconds")),
+        _whole(about.get("series")),
+        samples=_read_samples(about.get("activity")),
+    )
+
+
+def find_live(
+    loop: Loop, site: Site, targets: Mapping[str, Sequence[int]], known: Mapping[str, Sequence[int]] = {}
+) -> Steps[dict[str, list[int]]]:
+    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host.
+
+    known: where workers were live before. One that is silent now counts: it is overloaded or hangs, which Prometheus
+    shall see. Raises ValueError if a host has no address.
+    """
+    asked = [(host, port) for host, numbers in targets.items() for port in numbers]
+    answers = yield from ask_all(loop, site, asked)
+    live: dict[str, list[int]] = {host: [] for host in targets}
+    for (host, port), answer in zip(asked, answers, strict=True):
+        if answer.state == State.LIVE or (answer.state == State.SILENT and port in known.get(host, ())):
+            live[host].append(port)
+    return live
+
+
+def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
+    """Ask a port for a path; only an endpoint that proves to be of this site is `live`.
+
+    Raises ValueError if the host has no address.
+    """
+    began = time.monotonic()
+    is_about = path.partition("?")[0] == "/"
+    try:
+        probe, head, body = yield from _fetch(site, host, port, path, MAX_ABOUT_BYTES if is_about else MAX_ANSWER_BYTES)
+    except socket.gaierror:
+        raise ValueError(f"{host!r} has no address") from None
+    except ConnectionRefusedError:
+        return Answer(State.FREE)
+    except (OSError, ValueError) as error:
+        return Answer(State.OTHER, reason=str(error))
+    seconds = time.monotonic() - began
+
+    def other(reason: str) -> Answer:
+        return Answer(State.OTHER, seconds=seconds, reason=reason)
+
+    lines = head.decode("latin-1").split("\r\n")
+    status = re.match(r"HTTP/1\.[01] (\d{3}) ", lines[0])
+    if not status or f"Server: {APPLICATION}" not in lines:
+        return other("another program has the port")
+    header = next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{proof.ANSWER}:")), "")
+    doubt = proof.check_answer(probe, header, int(status[1]), body)
+    if status[1] != "200":
+        return other(f"the endpoint answers {lines[0][9:89]!r}" + (f": {doubt}" if doubt else ""))
+    about: Mapping[str, Any] = {}
+    if is_about:
+        try:
+            about = json.loads(body)
+            application, project = about["application"], about["project"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return other("it answers garbage")
+        if application != APPLICATION or project != site.project:
+            return other(f"it is the endpoint of another site, {project!r:.80}")
+    return other(doubt) if doubt else Answer(State.LIVE, about, body, seconds)
+
+
+def count_samples(exposition: bytes) -> int:
+    """Return how many samples an exposition holds."""
+    return sum(1 for line in exposition.splitlines() if line and not line.startswith(b"#"))
+
+
+def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tuple[proof.Probe, bytes, bytes]]:
+    """Return the probe that was sent, and head and body of the answer."""
+    sock = yield from _connect(host, port)
+    try:
+        target = format_target(host, port)
+        probe = proof.make_probe(site.keys, proof.Asked(sock.getpeername()[0], port, path, target))
+        if site.tls:
+            sock = tls = site.tls.wrap_socket(sock, do_handshake_on_connect=False)
+            yield from attempt(tls, tls.do_handshake, WRITE)
+        # No token: any program may have the port, and nothing is known of it before it has answered.
+        lines = [f"GET {path} HTTP/1.1", f"Host: {target}", "Accept: application/json"]
+        if site.keys:
+            lines.append(f"{proof.PROBE}: {probe.header}")
+        yield from send_all(sock, "\r\n".join([*lines, "Connection: close", "", ""]).encode())
+        received = bytearray()
+        while chunk := (yield from receive(sock)):
+            received += chunk
+            if len(received) > limit:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    finally:
+        sock.close()
+    head, _, body = bytes(received).partition(b"\r\n\r\n")
+    return probe, head, body
+
+
+def _connect(host: str, port: int) -> Steps[socket.socket]:
+    """Connect to the first address of the host that accepts."""
+    try:
+        addresses = [resolve(host, port)]
+    except ValueError:  # a name: commands may ask by name, endpoints never do
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [(family, address) for family, _, _, _, address in infos]
+    error = 0
+    for family, address in addresses:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        connected = False
+        try:
+            sock.setblocking(False)
+            error = sock.connect_ex(address)
+            if error in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # the second on Windows
+                yield sock, WRITE
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            connected = error == 0
+        finally:
+            if not connected:
+                sock.close()
+        if connected:
+            return sock
+    raise OSError(error, os.strerror(error))
+
+
+def _silent() -> Answer:
+    return Answer(State.SILENT, reason=f"no answer in {ASK_SECONDS:g} s")
+
+
+def _number(value: Any) -> float | None:
+    # The comparison says no to NaN, and to whole numbers that no float holds.
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER:
+        return float(value)
+    return None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and _number(value) is not None else None
+
+
+def _read_samples(value: Any) -> list[Sample]:
+    """Return the samples of an answer; none if anything about them is odd."""
+    if not isinstance(value, list) or len(value) > MAX_SAMPLES:
+        return []
+    samples: list[Sample] = []
+    for row in value:
+        numbers = [number for number in map(_number, row) if number is not None] if isinstance(row, list) else []
+        if len(numbers) != 4 or len(row) != 4 or (samples and numbers[0] > samples[-1].ago):
+            return []
+        samples.append(Sample(*numbers))
+    return samples
