@@ -16,11 +16,14 @@ PATIENCE_SECONDS, LONG_PATIENCE_SECONDS = 0.05, 5.0
 
 
 class Acts:
-    """A queue of changes. try_: makes one, and raises nothing."""
+    """A queue of changes; its length is how many wait. try_: makes one, and raises nothing."""
 
     def __init__(self, try_: Callable[[Callable[[], None]], None]) -> None:
         self._try = try_
         self.begin_in_child()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def begin_in_child(self) -> None:
         """Start with an empty queue and a free lock in a forked child: another thread may have held it at the fork."""

@@ -36,8 +36,8 @@ FULL = "%s: new series are counted in memory, and lost with this process."
 class Binding:
     """The metrics of a registry, and the ledger in which they are counted while one is open.
 
-    It is a registry itself: collect() adds the unmade series. Each change of the ledger, or of what is known of it, is
-    an act, so that no two of them overlap.
+    It is a registry itself: collect() adds the unmade series. acts: each change of the ledger, or of what is known of
+    it, is one, so that no two of them overlap.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -218,8 +218,9 @@ class Binding:
         ledger = self.ledger
         if ledger is None or not self._has(metric, labelvalues, child):
             return
-        kind, values = find_kind(child), _get_values(child)
-        if kind is None or not values:
+        kind = find_kind(child)
+        values = kind.get_values(child) if kind is not None else []
+        if kind is None or not are_known(values):
             raise TypeError(f"the values of {metric._name} are not known")
         if values[0] in self._values:
             return

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from itertools import accumulate
-from pkgutil import resolve_name
 from typing import Any, Protocol
 
 Number = tuple[str, dict[str, str], float]  # a sample's suffix, its own labels and its value
@@ -53,7 +53,8 @@ class Kind:
 
     @cached_property
     def cls(self) -> Any:
-        return resolve_name(self.class_name)
+        module, _, name = self.class_name.partition(":")
+        return getattr(import_module(module), name)
 
     @cached_property
     def suffixes(self) -> frozenset[str]:
@@ -201,7 +202,10 @@ KINDS: dict[str, Kind] = {
 
 def find_kind(metric: Any) -> Kind | None:
     """Return the kind of a metric, a child or an object of a subclass; None for everything else."""
-    return next((kind for kind in KINDS.values() if isinstance(metric, kind.cls)), None)
+    for kind in KINDS.values():
+        if isinstance(metric, kind.cls):
+            return kind
+    return None
 
 
 def find_counted(collector: Any) -> Kind | None:

@@ -744,12 +744,12 @@ def test_compressed_body_is_one_gzip_member(registry: CollectorRegistry) -> None
 def kept_bytes(ours: Exposition) -> int:
     return sum(
         block.size + len(block.plain) + len(block.packed or b"")
-        for form in ours._forms.values()
+        for form in ours.forms.values()
         for kept in form.metrics.values()
         for section in kept.sections or []
         for blocks in section.blocks
         for block in blocks
-    ) + sum(len(plain) + len(packed) for form in ours._forms.values() for plain, packed in form.packed.items())
+    ) + sum(len(plain) + len(packed) for form in ours.forms.values() for plain, packed in form.packed.items())
 
 
 def test_cache_is_bounded_while_label_sets_churn(registry: CollectorRegistry) -> None:
@@ -777,10 +777,10 @@ def test_at_most_two_formats_are_kept_and_none_that_is_not_asked_for(registry: C
     ours = Exposition(Binding(registry))
     for accept in FORMATS:
         ask(ours, accept)
-        assert len(ours._forms) <= 2
+        assert len(ours.forms) <= 2
     for _ in range(exposition.MAX_IDLE_SCRAPES):
         ask(ours)
-    assert len(ours._forms) == 1
+    assert len(ours.forms) == 1
 
 
 def test_unregistered_metric_leaves_the_cache(registry: CollectorRegistry) -> None:
@@ -790,7 +790,7 @@ def test_unregistered_metric_leaves_the_cache(registry: CollectorRegistry) -> No
     assert kept_bytes(ours) > 0
     registry.unregister(counter)
     assert ask(ours)[1] == b"# EOF\n"
-    assert kept_bytes(ours) == len(b"# EOF\n") + len(next(iter(next(iter(ours._forms.values())).packed.values())))
+    assert kept_bytes(ours) == len(b"# EOF\n") + len(next(iter(next(iter(ours.forms.values())).packed.values())))
 
 
 @pytest.mark.parametrize("encoding", ["", "gzip"])

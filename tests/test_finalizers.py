@@ -99,7 +99,7 @@ for thread in threads:
     thread.join()
 gc.disable()
 binding.close()
-assert not binding._acts
+assert len(binding.acts) == 0
 
 registry = CollectorRegistry()
 binding = Binding(registry)

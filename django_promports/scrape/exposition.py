@@ -53,7 +53,8 @@ class Exposition:
     """Renders a registry to bytes, and keeps the text that does not change between two scrapes.
 
     created: False leaves the _created series out. failures: how often a collector or a series was missing because it
-    raised or was invalid. series: how many samples the last exposition of everything had; None before the first.
+    raised or was invalid. series: how many samples the last exposition of everything had; None before the first. forms:
+    what is kept, by content type and whether it has _created series.
     """
 
     def __init__(self, binding: Binding, *, created: bool = True) -> None:
@@ -61,7 +62,7 @@ class Exposition:
         self.series: int | None = None
         self._binding = binding
         self._with_created = created
-        self._forms: dict[tuple[str, bool], Form] = {}
+        self.forms: dict[tuple[str, bool], Form] = {}
         self._scrapes = 0
         # By id(), here and below: what the site has written may not even be hashable when it is asked again.
         self._failing: dict[int, object] = {}
@@ -84,7 +85,7 @@ class Exposition:
         try:
             key = (content_type, bool(metrics._use_created and self._with_created))
             # A concurrent scrape in the same format starts afresh: it must not use text that is not complete.
-            kept = None if wanted else self._forms.pop(key, None)
+            kept = None if wanted else self.forms.pop(key, None)
             form = kept or Form(encoder, with_created=self._with_created)
             body = Body(form.packed if gzipped else None)
             scrape = _Scrape(form, body, wanted, Turn(), ledger, self._binding.list_unmade(), set())
@@ -112,10 +113,10 @@ class Exposition:
     def _keep(self, key: tuple[str, bool], form: Form) -> None:
         self._scrapes += 1
         form.used = self._scrapes
-        self._forms = {k: f for k, f in self._forms.items() if k != key and self._scrapes - f.used < MAX_IDLE_SCRAPES}
-        while len(self._forms) >= MAX_FORMATS:
-            del self._forms[min(self._forms, key=lambda other: self._forms[other].used)]
-        self._forms[key] = form
+        self.forms = {k: f for k, f in self.forms.items() if k != key and self._scrapes - f.used < MAX_IDLE_SCRAPES}
+        while len(self.forms) >= MAX_FORMATS:
+            del self.forms[min(self.forms, key=lambda other: self.forms[other].used)]
+        self.forms[key] = form
 
     def _expose(self, scrape: _Scrape) -> Slices:
         form, body, names, turn, *_ = scrape

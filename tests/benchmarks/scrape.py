@@ -105,7 +105,7 @@ def measure_cache(samples: int) -> float:
             gc.collect()
             render(exposition)
         kept = tracemalloc.get_traced_memory()[0]
-        exposition._forms.clear()
+        exposition.forms.clear()
         gc.collect()
         return (kept - tracemalloc.get_traced_memory()[0]) / count_samples(registry)
     finally:
