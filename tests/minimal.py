@@ -88,4 +88,5 @@ def serve_site(
 ) -> contextlib.AbstractContextManager[Site]:
     """Run gunicorn on the site with two workers; with the wrapper, a command that runs a command."""
     words = [*wrapper, sys.executable, "-m", "gunicorn", "--no-control-socket", "-w", "2", "-b", "127.0.0.1:{port}"]
+    words += ["--graceful-timeout", "15"]  # as in servers.gunicorn()
     return serving(tmp_path, ports, *words, *options, "minimal_wsgi", **env)

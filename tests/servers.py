@@ -183,7 +183,8 @@ def gunicorn(
 ) -> contextlib.AbstractContextManager[Site]:
     """Run gunicorn on the demo site."""
     words = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
-    words += ["-b", "127.0.0.1:{port}", "-w", str(workers), *options]
+    # A worker that is just being forked misses the SIGTERM that gunicorn sends it, and is killed after this time.
+    words += ["-b", "127.0.0.1:{port}", "-w", str(workers), "--graceful-timeout", "15", *options]
     return serving(tmp_path, ports, *words, range_=range_, **env)
 
 
