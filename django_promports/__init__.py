@@ -1,4 +1,4 @@
-"""Prometheus metrics of Django sites that run as many processes: one process, one port.
+"""Prometheus metrics for Django sites that run as many processes: one process, one port.
 
 Every worker of the site claims a port of PROMPORTS_PORT_RANGE and serves its own metrics
 there from a thread, as soon as the app is in INSTALLED_APPS. `manage.py export_targets`

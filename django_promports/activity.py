@@ -21,7 +21,7 @@ KEPT_SECONDS = 300.0
 
 
 class Sample(NamedTuple):
-    """The counts at one moment. They include those of earlier processes, so only differences are meaningful."""
+    """The counts at one moment. They may include those of earlier processes, so only differences are meaningful."""
 
     ago: float  # seconds
     requests: float

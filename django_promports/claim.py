@@ -80,7 +80,7 @@ class Holder:
         self._retrying_since = 0.0
         self._made_folder: Path | None = None
         self._made_secret: tuple[Path, bytes] | None = None
-        self._is_secret_missed = False
+        self._has_warned_of_secret = False
         self.claimed_at = 0.0
         self._held_back = ""  # an error that is logged once this process is known to be a worker
 
@@ -95,7 +95,7 @@ class Holder:
                 self._serve(waited=0.0)
             except (ports.RangeFull, Undecided) as reason:
                 if isinstance(reason, ports.RangeFull):
-                    self._tell_full(reason)
+                    self._log_range_full(reason)
                 if self._retry is None:
                     self.start_retry()
 
@@ -172,7 +172,7 @@ class Holder:
             claim = ports.claim(terms.address, terms.ports)
             self.claimed_at = time.monotonic()
             if terms.no_folder:
-                self._tell_in_memory(terms.no_folder)
+                self._log_in_memory(terms.no_folder)
             return claim, None
         passed: list[ports.Claim] = []
         try:
@@ -201,7 +201,7 @@ class Holder:
         finally:
             for other in passed:
                 other.listener.close()
-        self._tell_in_memory(reason)
+        self._log_in_memory(reason)
         return claim, None
 
     def _make_secret(self, folder: Path) -> None:
@@ -210,15 +210,15 @@ class Holder:
             if secret := make_secret(folder):
                 self._made_secret = folder, secret
         except OSError as error:
-            if not self._is_secret_missed:
-                self._is_secret_missed = True
+            if not self._has_warned_of_secret:
+                self._has_warned_of_secret = True
                 logger.warning(
-                    "There is no site secret: %s. Processes of the site recognise each other by the bearer token or "
-                    "SECRET_KEY instead.",
+                    "There is no usable site secret: %s. Processes of the site recognise each other by the bearer "
+                    "token or SECRET_KEY instead.",
                     error,
                 )
 
-    def _tell_in_memory(self, reason: str) -> None:
+    def _log_in_memory(self, reason: str) -> None:
         message = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
         # A master that is root may have workers that run as the owner of the folder.
         if os.geteuid() == 0 and not self.is_worker:
@@ -226,7 +226,7 @@ class Holder:
         else:
             logger.error(message)
 
-    def _tell_full(self, full: ports.RangeFull) -> None:
+    def _log_range_full(self, full: ports.RangeFull) -> None:
         logger.error(
             "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
             "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
@@ -251,7 +251,7 @@ class Holder:
                         continue
                     except ports.RangeFull as full:
                         if not self.is_waiting:
-                            self._tell_full(full)
+                            self._log_range_full(full)
                         continue
                     self.is_waiting = False
                     return

@@ -22,7 +22,7 @@ def dump_kubernetes(
     def lines() -> Iterator[str]:
         yield "# Add this to the container in the pod template:\nports:\n"
         yield from (f"  - {{name: metrics-{port}, containerPort: {port}}}\n" for port in ports)
-        yield "---\n# Apply this too; the selector must match your pods.\n"
+        yield "---\n# Apply this; its selector must match your pods.\n"
         yield "apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\n"
         yield f"metadata:\n  name: {quote(name)}\nspec:\n"
         yield f"  selector:\n    matchLabels:\n      app.kubernetes.io/name: {quote(name)}\n  podMetricsEndpoints:\n"

@@ -341,7 +341,7 @@ def receive(sock: socket.socket) -> Steps[bytes]:
     yield NEXT_TURN if isinstance(sock, ssl.SSLSocket) and sock.pending() else (sock, READ)
     try:
         return (yield from attempt(sock, lambda: sock.recv(CHUNK), READ))
-    except ssl.SSLError:  # closed without TLS' close_notify
+    except ssl.SSLError:  # closed without a TLS close_notify alert
         return b""
 
 

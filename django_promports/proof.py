@@ -25,8 +25,8 @@ VERSION = "1"
 MAX_AGE_SECONDS = 60.0
 
 UNSIGNED = (
-    "its answer is not signed: an older version of django_promports has the port, or another program that pretends to "
-    "be one"
+    "its answer has no known signature: an older version of django_promports has the port, or another program that "
+    "pretends to be one"
 )
 FORGED = "its answer is signed with a key that this site does not have: another program has the port"
 # Why an endpoint refuses a probe: the word in its answer, and the reason that is shown.
@@ -77,7 +77,7 @@ def check_probe(header: str, keys: Iterable[bytes], asked: Asked, *, host: str, 
     """Return the proof in a probe, or the reason why it is refused, which is a key of REFUSALS.
 
     asked: what the endpoint itself knows of the request: the address and port at which it arrived, path and Host. host:
-    under which the endpoint is known. If Host is the same, the dialled address may belong to a machine that forwards
+    under which the endpoint is known. If Host names it, the dialled address may belong to a machine that forwards
     connections to this one. age: of the claim, in seconds. An older probe may have been recorded by a previous holder
     of the port.
     """
@@ -100,7 +100,7 @@ def check_probe(header: str, keys: Iterable[bytes], asked: Asked, *, host: str, 
 
 
 def sign_answer(proof: Proof, status: int, digest: bytes) -> str:
-    """Return the header that proves that an answer comes from this site. digest: SHA-256 of its body."""
+    """Return the header value that proves that an answer comes from this site. digest: SHA-256 of its body."""
     return f"{VERSION} {_sign_answer(proof.key, proof.nonce, proof.asked, status, digest)}"
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-# Targets of a document that are formatted at once: enough to be fast, and few enough for little memory.
+# Targets of a document that are formatted at once: enough to be fast, few enough to use little memory.
 TARGETS_AT_ONCE = 1000
 # Wrong lines of a list of hosts that are shown.
 LINES_TOLD = 20

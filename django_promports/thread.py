@@ -61,10 +61,10 @@ class LoopThread:
         self.loop.close()
 
     def _make_loop(self) -> None:
-        self._is_sound = False
+        self._is_intact = False
         self.loop = Loop(self._log)
         self._vital = self._begin(self.loop)
-        self._is_sound = True
+        self._is_intact = True
 
     def _start(self) -> None:
         former, self._thread = self._thread, threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -109,15 +109,15 @@ class LoopThread:
         resume_at = time.monotonic() + self._backoff()
         while self._thread is me and time.monotonic() < resume_at:
             time.sleep(BACKOFF_SECONDS)
-        if self._thread is me and not self._is_sound:
+        if self._thread is me and not self._is_intact:
             with suppress(Exception):
                 self.loop.close()
             self._make_loop()
         while self._thread is me and not self._vital.is_over:
-            self._is_sound = False
+            self._is_intact = False
             self.loop.turn()
-            self._is_sound = True
-        self._is_sound = not self._vital.is_over
+            self._is_intact = True
+        self._is_intact = not self._vital.is_over
 
     def _backoff(self) -> float:
         return min(BACKOFF_SECONDS * 2**self._failures, MAX_BACKOFF_SECONDS) if self._failures > 1 else 0.0

@@ -75,12 +75,12 @@ def _watch(handler: Any) -> None:
         return
 
     @wraps(build)
-    def tell_and_build(self: Any, *args: Any, **kwargs: Any) -> None:
+    def notify_and_build(self: Any, *args: Any, **kwargs: Any) -> None:
         _on_handler()  # first: loading the middleware may fail, because of wrong settings for example
         build(self, *args, **kwargs)
 
-    tell_and_build.watched_by_promports = True  # type: ignore[attr-defined]
-    handler.__init__ = tell_and_build
+    notify_and_build.watched_by_promports = True  # type: ignore[attr-defined]
+    handler.__init__ = notify_and_build
 
 
 def _on_handler() -> None:
@@ -348,7 +348,7 @@ def _after_fork_in_child() -> None:
 
 
 def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
-    """Free the port of this process when a child connects to its step-down socket, because the child wants to claim.
+    """Free the port of this process when a child that wants to claim connects to the step-down socket.
 
     Such a process is a supervisor, which loads the site and serves no requests. One that forks its workers is
     recognised by the fork; this is for those that spawn them, like hypercorn with --reload.

@@ -129,8 +129,8 @@ def _draw_summary(found: Overview) -> Iterator[str]:
     states = Counter(worker.state for worker in found.workers)
     free = len(found.ports) - len(found.workers)
     ports = f" in {format_ports(found.ports)}" if found.ports else ""
-    said = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
-    yield f"<p>{', '.join(said)}, {free} of {len(found.ports)} ports free{escape(ports)} "
+    counts = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
+    yield f"<p>{', '.join(counts)}, {free} of {len(found.ports)} ports free{escape(ports)} "
     yield f'<span class="soft">\N{MIDDLE DOT} {escape(found.project)}</span></p>\n'
     if found.waiting:
         yield f'<p class="warning">{escape(format_waiting(found.waiting))}; widen PROMPORTS_PORT_RANGE.</p>\n'
@@ -237,7 +237,7 @@ def _plot(
     format_: Callable[[float | None], str],
     kind: str,
 ) -> str:
-    """Return an SVG of values from zero to `top` over the last minutes. One unit is one second, whatever its width."""
+    """Return an SVG of values from zero to `top` over the last minutes. A unit of x is a second, at any width."""
     runs: list[list[tuple[float, float]]] = [[]]
     for ago, until, value in points:
         if value is None:
@@ -253,13 +253,13 @@ def _plot(
         shapes.append(f'<polygon points="{run[0][0]:.1f},98 {line} {run[-1][0]:.1f},98"/>')
         shapes.append(f'<path d="M{line}{" h.01" if len(run) == 1 else ""}"/>')
     values = [value for *_, value in points if value is not None]
-    said = f"Between {format_(min(values))} and {format_(max(values))}, last {format_(values[-1])}." if values else ""
-    said = f"The last {KEPT_SECONDS / 60:g} minutes. {said or 'Nothing to show.'}"
+    text = f"Between {format_(min(values))} and {format_(max(values))}, last {format_(values[-1])}." if values else ""
+    text = f"The last {KEPT_SECONDS / 60:g} minutes. {text or 'Nothing to show.'}"
     name = f"plot-{ident}"
     return (
         f'<svg role="img" viewBox="0 0 {KEPT_SECONDS:g} 100" preserveAspectRatio="none" class="{kind}" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
-        f'<desc id="{name}-desc">{escape(said)}</desc><line x1="0" y1="98" x2="{KEPT_SECONDS:g}" y2="98"/>'
+        f'<desc id="{name}-desc">{escape(text)}</desc><line x1="0" y1="98" x2="{KEPT_SECONDS:g}" y2="98"/>'
         f"{''.join(shapes)}</svg>\n"
     )
 
