@@ -609,7 +609,7 @@ def test_a_thread_that_anything_ends_is_replaced_and_it_is_said_once(
                 pass
             return not thread.is_alive() and endpoint_thread() is not None
 
-        wait_until(is_replaced, "another thread goes on")
+        wait_until(is_replaced, "another thread replaces it")
         assert served.ask()[0] == 200
     served.endpoint.pause()
     assert endpoint_thread() is None
@@ -619,7 +619,7 @@ def test_a_thread_that_anything_ends_is_replaced_and_it_is_said_once(
     assert endpoint_thread() is None
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "promports-endpoint ended" in line] == said[:1]
-    assert "ended (SystemExit); another one goes on" in said[0]
+    assert "ended (SystemExit); another one replaces it" in said[0]
 
 
 def test_an_error_that_comes_at_any_moment_leaves_the_endpoint_answering(

@@ -228,9 +228,9 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
         ([], {"TARGET_HOST": "web1:19100"}, "PROMPORTS_TARGET_HOST is 'web1:19100', .* has a port in it; .*"),
         ([], {"TARGET_LABELS": {"__x": "y"}}, "PROMPORTS_TARGET_LABELS is .* '__x' begins with two underscores, .*"),
         (["--label", "__x=y"], {}, "--label '__x=y' cannot be used: '__x' begins with two underscores, .*"),
-        (["--label", "9x=y"], {}, "--label '9x=y' cannot be used: '9x' is no label name; use letters, digits .*"),
-        (["--label", "a-b=y"], {}, "--label 'a-b=y' cannot be used: 'a-b' is no label name; use letters, digits .*"),
-        (["--label", "=y"], {}, "--label '=y' cannot be used: '' is no label name; use letters, digits .*"),
+        (["--label", "9x=y"], {}, "--label '9x=y' cannot be used: '9x' is not a label name; use letters, digits .*"),
+        (["--label", "a-b=y"], {}, "--label 'a-b=y' cannot be used: 'a-b' is not a label name; use letters, digits .*"),
+        (["--label", "=y"], {}, "--label '=y' cannot be used: '' is not a label name; use letters, digits .*"),
         (["--label", "x"], {}, "--label 'x' has no '='; write --label NAME=VALUE."),
         (["--label", "x=a\nb"], {}, r"--label 'x=a\\nb' cannot be used: .*"),
         (
@@ -239,8 +239,12 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
             "--host .* 'web1:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE.",
         ),
         (["--host", "[::1]:9100"], {}, r"--host .* '\[::1\]:9100' has a port in it; .*"),
-        (["--host", "web1", "--host", "a b"], {}, "--host cannot be used: 'a b' is no host name and no IP address."),
-        (["--host", ""], {}, "--host cannot be used: '' is no host name and no IP address."),
+        (
+            ["--host", "web1", "--host", "a b"],
+            {},
+            "--host cannot be used: 'a b' is neither a host name nor an IP address.",
+        ),
+        (["--host", ""], {}, "--host cannot be used: '' is neither a host name nor an IP address."),
         (
             ["--worker-label", "--label", "worker=a"],
             {},
@@ -249,7 +253,7 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
         (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is set already; rename it, or .*"),
         (["--format", "xml"], {}, "Error: argument --format: invalid choice: 'xml' .*"),
         *(
-            (["--watch", text], {}, f"Error: argument --watch: '{text}' is no number of seconds above 0")
+            (["--watch", text], {}, f"Error: argument --watch: '{text}' is not a number of seconds above 0")
             for text in ("0", "-1", "x", "nan", "1e9")
         ),
         *(
@@ -385,7 +389,7 @@ def test_hosts_come_from_the_command_line_and_from_a_file(settings: Settings, tm
             ["old:1"],
             (
                 "CommandError: --hosts-file - cannot be used:\n"
-                "line 3: 'b\\\\xfccher' is no host name and no IP address\n"
+                "line 3: 'b\\\\xfccher' is neither a host name nor an IP address\n"
                 "line 4: 'WEB1' is in line 1 already\n"
                 "line 5: 'web2:19100' has a port in it; the ports come from PROMPORTS_PORT_RANGE\n"
             ),

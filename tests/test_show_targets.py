@@ -173,7 +173,7 @@ def test_an_uptime_is_shown_in_its_two_largest_units(
     ("changed", "message"),
     [
         ({"PORT_RANGE": "19131-19100"}, "PROMPORTS_PORT_RANGE is '19131-19100', .* reversed; write 19100-19131."),
-        ({"ADDRESS": "localhost"}, "PROMPORTS_ADDRESS is 'localhost', .* no IP address."),
+        ({"ADDRESS": "localhost"}, "PROMPORTS_ADDRESS is 'localhost', .* not an IP address."),
         ({"BEARER_TOKEN_FILE": "/missing"}, "PROMPORTS_BEARER_TOKEN_FILE is '/missing', .*"),
         ({"TLS_CERTFILE": "/missing"}, "PROMPORTS_TLS_CERTFILE is '/missing', .*"),
     ],
