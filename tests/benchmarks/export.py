@@ -87,7 +87,7 @@ def memory(name: str) -> int:
 WAYS = {
     "plain": "plain `json.dump`",
     "json": "`export_targets`",
-    "unchanged": "`export_targets`, the file says it already",
+    "unchanged": "`export_targets`, the file is up to date",
     "yaml": "`export_targets --format yaml`",
 }
 
