@@ -45,7 +45,7 @@ MASTER = ["--master", "--enable-threads"]
 PACKAGES = {"PYTHONPATH": sysconfig.get_path("purelib")}
 NOTE = "after `HUP` pyuwsgi runs outside its virtual environment: put its packages on `PYTHONPATH`"
 RECYCLED = 25
-# The interpreter may be in a folder that only root can read: a process that changes its user keeps this capability only.
+# The interpreter may be in a folder that only root can read: a process that changes its user keeps the right to read.
 CAPABILITIES = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search"
 MAY_READ = ["setpriv", "--securebits", "+no_setuid_fixup", "--bounding-set", CAPABILITIES]
 PATCHED = "needs `monkey.patch_all()` at the top of gunicorn.conf.py, because Django does"
@@ -105,7 +105,8 @@ def outlive_requests(site: Site) -> None:
 class Server(NamedTuple):
     """A server, how its documentation says to start it, and how the test recycles it.
 
-    recycle: the word for it in the table, and a function that does it. replaces: whether the server replaces a killed worker.
+    recycle: the word for it in the table, and a function that does it. replaces: whether the server replaces a killed
+    worker.
     """
 
     name: str
@@ -162,9 +163,7 @@ def uwsgi_servers() -> list[Server]:
         Server("uWSGI", ("pyuwsgi",), mode, [*UWSGI, *MASTER, *options], recycle=recycle, notes=NOTE, env=PACKAGES)
         for mode, (options, recycle) in modes.items()
     ]
-    servers[3] = servers[3]._replace(
-        notes=f"up to Python 3.12: with 3.13 uWSGI's workers crash, with or without this app. {NOTE}"
-    )
+    servers[3] = servers[3]._replace(notes=f"up to Python 3.12: with 3.13 uWSGI itself ends its workers. {NOTE}")
     return servers if sys.version_info < (3, 13) else [*servers[:3], *servers[4:]]
 
 
@@ -322,7 +321,7 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
 def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, row: Row) -> None:
     row.update(Row(server="gunicorn", version=versions("gunicorn"), mode="sync, USR2, then TERM to the old master"))
     pidfile = tmp_path / "pid"
-    # Not `python -m gunicorn`: executed again, it would import gunicorn's own package http instead of the standard library's.
+    # Not `python -m gunicorn`: the new master would import gunicorn's package http instead of the standard library's.
     words = [str(Path(sys.executable).with_name("gunicorn")), *GUNICORN[3:], "-w", "4", "--pid", str(pidfile)]
     with serving(tmp_path, free_ports, *words) as site:
         site.wait_for_workers()
@@ -341,7 +340,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         os.kill(new, signal.SIGTERM)
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
     row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
-    notes = "end the old master within 5 s, or have no more ports than workers; otherwise its last counts stay in unused ledgers"
+    notes = "end the old master within 5 s, or its last counts stay in ledgers of ports that no worker holds"
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} USR2", kill="as sync", notes=notes))
 
 
@@ -409,7 +408,7 @@ def test_uwsgi_without_threads_serves_the_site_and_says_once_what_to_set(
 def test_uwsgi_calls_the_sites_own_hook_and_what_the_master_counted_is_exported_once(
     when: str, free_ports: range, tmp_path: Path
 ) -> None:
-    """before, after: whether the site sets its hook before or after it loads the app; after, it replaces the app's hook."""
+    """when: whether the site sets its hook before or after it loads the app. After, it replaces the app's hook."""
     hook = "import uwsgi\nuwsgi.post_fork_hook = lambda: print('HOOK', uwsgi.worker_id(), flush=True)\n"
     parts = {
         "hook": hook,
@@ -435,7 +434,7 @@ def test_uwsgi_calls_the_sites_own_hook_and_what_the_master_counted_is_exported_
 
 
 def edit_until_reloaded(site: Site, edited: Path, pid: int) -> None:
-    """Edit a file until runserver's child ends; the child misses edits made before it first reads the modification times."""
+    """Edit a file until runserver's child ends; it misses edits made before it first reads the file's times."""
 
     def ends() -> bool:
         stamp = edited.stat().st_mtime + 10
@@ -513,7 +512,7 @@ def application(environ, start_response):
 def test_scrape_while_the_event_loop_is_blocked(
     kind: str, words: list[str], answers: bool, free_ports: range, tmp_path: Path
 ) -> None:
-    """The endpoint is a thread and does not use the site's loop; under gevent it is a greenlet and waits for the hub."""
+    """The endpoint is a thread, not a task of the site's loop; under gevent it is a greenlet and waits for the hub."""
     (tmp_path / "blocked.py").write_text(BLOCKED_WSGI if kind == "gevent" else BLOCKED_ASGI)
     with serving(tmp_path, free_ports, *words, PYTHONPATH=f"{tmp_path}:{ROOT}") as site:
         site.wait_for_workers(1)
