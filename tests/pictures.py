@@ -1,4 +1,4 @@
-"""The pictures of the pages in docs/: `tox run -e pictures` takes them anew, from the demo and its traffic."""
+"""The pictures of the pages in docs/: `tox run -e pictures` takes them from the demo and its traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each wrong setting is one check with an id, and the settings are read at use."""
+"""Each wrong setting is reported by one check with an id, and settings are read at use."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ GOOD: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def pem_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with certificates, keys and tokens, good and bad."""
+    """A folder with valid and invalid certificates, keys and tokens."""
     folder = tmp_path_factory.mktemp("pem")
     authority = trustme.CA()
     issued, other = authority.issue_cert("127.0.0.1"), authority.issue_cert("127.0.0.1")
@@ -122,7 +122,7 @@ def pem_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def plain_machine(tmp_path: Path, pem_files: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default settings, and the kernel's defaults: a machine's own numbers are its operator's to choose."""
+    """Default settings, and the kernel's default port numbers instead of those of this machine."""
     del settings.PROMPORTS_PORT_RANGE
     settings.PROMPORTS_LEDGER_DIR = tmp_path / "missing"
     for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
@@ -219,7 +219,7 @@ def test_the_hint_translates_the_settings_of_django_prometheus(
 
     assert message.id == "promports.E004"
     assert message.hint is not None
-    assert message.hint.endswith(f" and write {new}")
+    assert message.hint.endswith(f" and set {new}")
 
 
 @pytest.mark.skipif(not Path("/proc/sys/net/ipv4/ip_local_port_range").exists(), reason="not Linux")

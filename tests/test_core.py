@@ -1,4 +1,4 @@
-"""The core counts, renders and serves where Django cannot be imported."""
+"""The core counts, renders and serves when Django cannot be imported."""
 
 from __future__ import annotations
 

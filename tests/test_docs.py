@@ -1,4 +1,4 @@
-"""The README describes everything that the code offers, and nothing else."""
+"""The README and the other documents agree with the code."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_each_local_link_leads_somewhere() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Return the fragments that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

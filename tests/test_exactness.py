@@ -1,4 +1,4 @@
-"""Nothing counted is ever lost: a real Prometheus, real gunicorn, recycling, reloads and kills under load."""
+"""No count is lost: a real Prometheus, real gunicorn, recycling, reloads and kills under load."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PARTS = ["shop_search_seconds_bucket", "shop_search_seconds_sum", "shop_ordered_
 
 
 class Traffic:
-    """Requests from several threads until stop(): how many were answered, and how many may be counted all the same."""
+    """Requests from several threads until stop(): how many were answered, and how many others may have been counted."""
 
     def __init__(self, address: str, threads: int = 4) -> None:
         self.answered: Counter[tuple[str, str]] = Counter()
@@ -159,7 +159,7 @@ def test_prometheus_counts_every_answered_request_once_over_a_restart(
 def watched(
     program: Callable[[str], str], free_ports: range, tmp_path: Path, width: int
 ) -> Iterator[tuple[Prometheus, Sequence[int]]]:
-    """Run Prometheus at 1 s scrapes over so many ports; give it, and the ports of gunicorn."""
+    """Run Prometheus with a scrape interval of 1 s over this many ports; give it, and the ports of gunicorn."""
     *metric_ports, site_port, prometheus_port = [*free_ports[:width], *free_ports[-2:]]
     with prometheus(program("prometheus"), tmp_path, prometheus_port) as server:
         export_targets(tmp_path / "targets/django.json", metric_ports)
@@ -167,7 +167,7 @@ def watched(
 
 
 def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
-    """Assert that ledgers and Prometheus have each answered request once, and at most once what was not answered."""
+    """Assert that ledgers and Prometheus count each answered request once, and unanswered ones at most once."""
     site.child.wait_until(lambda: len(site.live()) == WORKERS, "all workers answer again")
     for asked, (metric, label) in COUNTED.items():
         answered, unanswered = traffic.answered[asked], traffic.unanswered[asked]
@@ -185,7 +185,7 @@ def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
 
 
 def total(site: Site, metric: str, label: str) -> float:
-    """Return the sum over all workers, as they show it now."""
+    """Return the sum over all workers now."""
     samples = [sample for port in site.live() for sample in scrape(port).items()]
     return sum(
         value for name, value in samples if name.startswith(metric) and name[len(metric) :][:1] in "{" and label in name

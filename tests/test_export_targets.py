@@ -1,4 +1,4 @@
-"""The target list: what is in it for which options, and what a wrong option leaves alone."""
+"""The target list for each option, and the errors of wrong options."""
 
 from __future__ import annotations
 
@@ -244,12 +244,12 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
         (
             ["--worker-label", "--label", "worker=a"],
             {},
-            "The label 'worker' is set already; .* leave out --worker-label.",
+            "The label 'worker' is already set; .* leave out --worker-label.",
         ),
-        (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is set already; rename it, or .*"),
+        (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is already set; rename it, or .*"),
         (["--format", "xml"], {}, "Error: argument --format: invalid choice: 'xml' .*"),
         *(
-            (["--watch", text], {}, f"Error: argument --watch: '{text}' is no number of seconds above 0")
+            (["--watch", text], {}, f"Error: argument --watch: '{text}' is not a number of seconds above 0")
             for text in ("0", "-1", "x", "nan", "1e9")
         ),
         *(
@@ -359,7 +359,7 @@ def test_manage_py_fails_with_the_reason_on_standard_error(
 
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
-    """Serve an endpoint of the site, as a process of its own knows it."""
+    """Serve an endpoint of the site that describes itself as another process."""
     return endpoint(ports, project="demo_site.settings")
 
 
@@ -419,7 +419,7 @@ def test_hosts_come_from_standard_input(
     ("address", "said"),
     [
         ("0.0.0.0", ""),
-        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.\n"),
+        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: it cannot be reached from outside the pod.\n"),
     ],
 )
 def test_kubernetes_gets_the_range_and_the_settings(
@@ -444,7 +444,7 @@ def test_kubernetes_gets_the_range_and_the_settings(
 
 
 def _list(path: Path) -> list[str]:
-    """Return the targets of a target file, none while there is no file."""
+    """Return the targets of a target file; none if there is no file."""
     groups = json.loads(path.read_text()) if path.exists() else []
     return [target for group in groups for target in group["targets"]]
 
@@ -580,7 +580,7 @@ def test_a_watch_that_is_wrong_from_the_start_ends(free_ports: range, folder: Pa
 
 
 def test_only_a_file_can_be_watched() -> None:
-    with pytest.raises(CommandError, match=r"^--watch keeps a file current; name it with --output FILE\.$"):
+    with pytest.raises(CommandError, match=r"^--watch keeps a file current; set it with --output FILE\.$"):
         call("export_targets", "--watch", "1")
 
 
@@ -599,7 +599,7 @@ def test_a_signal_waits_until_what_was_begun_is_done() -> None:
 
 
 def _check(*arguments: str) -> tuple[list[list[str]], str]:
-    """Return the cells of the report, and what is not well."""
+    """Return the cells of the report, and the error message."""
     out = StringIO()
     try:
         call_command("export_targets", "--check", *arguments, stdout=out, no_color=True)
@@ -658,7 +658,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         [str(free_ports[5]), "other", f"the endpoint answers '401 Unauthorized': {REFUSALS['key']}"],
         [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 2 s"],
     ]
-    assert wrong == "Not all is well: 6 of 7 ports cannot be scraped."
+    assert wrong == "Check failed: 6 of 7 ports cannot be scraped."
 
 
 class SlowCollector(Collector):
@@ -688,7 +688,7 @@ def test_a_check_wants_a_live_worker_at_each_host(
     settings.PROMPORTS_PORT_RANGE = free_ports[:1]
 
     with endpoint(free_ports):
-        assert _check(*arguments)[1] == (wrong and f"Not all is well: {wrong}")
+        assert _check(*arguments)[1] == (wrong and f"Check failed: {wrong}")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/unix"), reason="not Linux")
@@ -698,7 +698,7 @@ def test_a_check_fails_while_a_process_waits_for_a_port(free_ports: range, setti
     assert sign is not None
 
     with endpoint(free_ports), sign:
-        assert _check()[1] == "Not all is well: 1 process waits for a port and is not metered."
+        assert _check()[1] == "Check failed: 1 process waits for a port and is not metered."
 
 
 def test_a_check_names_a_host_that_does_not_exist(settings: Settings, free_ports: range) -> None:
@@ -725,7 +725,7 @@ def test_the_exit_status_of_a_check_is_for_scripts(free_ports: range) -> None:
     assert (well.returncode, well.stderr) == (0, "")
     assert (idle.returncode, idle.stderr) == (
         1,
-        "CommandError: Not all is well: no worker is live at 127.0.0.1.\n",
+        "CommandError: Check failed: no worker is live at 127.0.0.1.\n",
     )
     assert idle.stdout == f"127.0.0.1:{free_ports[0]}  free\n"
 

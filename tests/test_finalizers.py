@@ -1,4 +1,4 @@
-"""Finalizers and signal handlers that count, make series, remove them and register metrics, in the middle of that."""
+"""Finalizers and signal handlers that count, create and remove series, and register metrics while another does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fork in the middle of everything: no child inherits a lock that nobody will release."""
+"""A fork at any moment: no child inherits a lock that is held."""
 
 from __future__ import annotations
 

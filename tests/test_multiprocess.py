@@ -1,4 +1,4 @@
-"""PROMETHEUS_MULTIPROC_DIR is an error that says what to do, and the site serves: whatever the variable names."""
+"""PROMETHEUS_MULTIPROC_DIR is an error with a hint, and the site serves requests, whatever the value is."""
 
 from __future__ import annotations
 

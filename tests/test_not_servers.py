@@ -1,4 +1,4 @@
-"""Processes that are not servers hold no port, make no file and print nothing, whatever they import."""
+"""Processes that are not servers claim no port, create no file and print nothing, whatever they import."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COMMANDS = {
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Write a project around the demo site: its settings are `probe_site`, its other apps those of PROBE_APPS."""
+    """Write a project around the demo site, with settings `probe_site` and the additional apps of PROBE_APPS."""
     (tmp_path / "importing").mkdir()
     for name in ("__init__", "models"):
         (tmp_path / f"importing/{name}.py").write_text("import django.test.signals\n")
@@ -160,7 +160,7 @@ def test_a_command_on_a_site_that_is_down_finds_no_worker(apps: list[str], free_
 def test_a_server_that_sets_django_up_early_claims_before_its_first_request(
     where: str, preload: list[str], free_ports: range, project: Path
 ) -> None:
-    """A look at the call stack, or at what is imported when the app is ready, would miss these."""
+    """The call stack and the imported modules when the app is ready do not identify these servers."""
     early = "import django\ndjango.setup()\n"
     config, wsgi = project / "early.conf.py", project / "early_wsgi.py"
     config.write_text(early if where == "gunicorn.conf.py" else "")
@@ -207,7 +207,7 @@ def test_the_parent_of_runserver_plus_builds_a_handler_and_holds_no_port(free_po
 
 
 def test_a_cache_warmer_adds_nothing_to_the_live_counters(free_ports: range, project: Path) -> None:
-    """Cache warmers and builders of static sites use the test client, outside of tests."""
+    """Cache warmers and static site generators use the test client outside of tests."""
     env = environment(project, ["importing"], free_ports)
     with gunicorn(project, free_ports, workers=1, **{**env, "DEMO_DATABASE": str(database(project))}) as site:
         (port, _), *_ = site.wait_for_workers(1).items()

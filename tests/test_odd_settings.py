@@ -1,4 +1,4 @@
-"""Checks never raise, whatever the settings and the environment hold: a check that raises ends every command."""
+"""Checks never raise, whatever the settings and the environment contain: an exception would end every command."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ UNSET = object()
 
 
 class Made(NamedTuple):
-    """A value that Hypothesis itself could not show: what makes it."""
+    """A function that makes a value, for values whose repr() raises, which Hypothesis could not show."""
 
     make: Callable[[], object]
 
 
 class Hostile:
-    """Nothing that can be asked of it has an answer."""
+    """An object whose every method raises."""
 
     def _raise(self, *arguments: object) -> Any:
         raise RuntimeError("not today")
@@ -48,7 +48,7 @@ class Hostile:
 
 
 class HostileText(str):
-    """A text that equals nothing, and cannot be shown."""
+    """A string whose comparison, hash and repr() raise."""
 
     def __repr__(self) -> str:
         raise RuntimeError("not today")
@@ -78,7 +78,7 @@ class Colour(enum.IntEnum):
 
 
 def nested() -> list[object]:
-    """A list so deep that it cannot be shown."""
+    """A list that is nested too deeply for repr()."""
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -147,7 +147,7 @@ odd = st.just(UNSET) | values
 
 @pytest.fixture
 def temporary_again() -> Iterator[None]:
-    """Let tempfile choose its directory once more, and again after the test."""
+    """Make tempfile choose its directory again, before and after the test."""
     before, tempfile.tempdir = tempfile.tempdir, None
     yield
     tempfile.tempdir = before

@@ -1,7 +1,7 @@
-"""macOS and Windows, as far as Linux can play them: what they lack is taken away before the site is imported.
+"""macOS and Windows, simulated on Linux: what they lack is removed before the site is imported.
 
-No test machine has them. Each stand-in is a sitecustomize.py that Python imports first; what it takes away is what the
-documentation of Python's os, socket, signal and select modules says is missing there.
+No test machine runs them. A sitecustomize.py, which Python imports first, removes what is missing there according to
+the documentation of Python's os, socket, signal and select modules.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ sys.platform = "win32"
 
 @pytest.fixture
 def macos(tmp_path: Path) -> dict[str, str]:
-    """The environment in which a process takes this machine for a Mac."""
+    """The environment of a process to which this machine looks like macOS."""
     return _stand_in(tmp_path, MACOS)
 
 
 @pytest.fixture
 def windows(tmp_path: Path) -> dict[str, str]:
-    """The environment in which a process takes this machine for one that runs Windows."""
+    """The environment of a process to which this machine looks like Windows."""
     return _stand_in(tmp_path, WINDOWS)
 
 

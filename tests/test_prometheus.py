@@ -1,4 +1,4 @@
-"""A real Prometheus: it finds the workers, counts every request, and never sees half a file."""
+"""A real Prometheus finds the workers, counts every request, and never reads an incomplete file."""
 
 from __future__ import annotations
 

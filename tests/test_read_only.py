@@ -1,7 +1,7 @@
-"""Where no folder can be written, every command works, and workers count in memory and say so once.
+"""If no folder is writable, every command works, and workers count in memory and log it once.
 
-As in a container with readOnlyRootFilesystem. In a mount namespace of its own the whole file system is read-only, for
-root too; where namespaces are not permitted, sitecustomize.py refuses what the kernel would.
+This is the case in a container with readOnlyRootFilesystem. In a new mount namespace the whole file system is
+read-only, also for root. If namespaces are not permitted, a sitecustomize.py raises the errors that the kernel would.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ sys.addaudithook(hook)
 
 
 class Machine(NamedTuple):
-    """How a process is started there, with its environment."""
+    """How to start a process without a writable folder, and its environment."""
 
     wrapper: Sequence[str]
     env: dict[str, str]
@@ -61,7 +61,7 @@ FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
 
 @pytest.fixture
 def shm() -> Iterator[Path]:
-    """A folder in memory, which stays writable."""
+    """A folder in /dev/shm, which stays writable."""
     folder = Path("/dev/shm", f"promports-test-{os.getpid()}")
     folder.mkdir()
     yield folder
@@ -69,7 +69,7 @@ def shm() -> Iterator[Path]:
 
 
 def read_only(tmp_path: Path, environment: dict[str, str], *, shm: bool) -> Machine:
-    """Return a machine without a writable folder, or with /dev/shm alone."""
+    """Return a machine without a writable folder, or with /dev/shm as the only one."""
     env = {**write_site(tmp_path), **environment}
     permitted = subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=30, check=False)
     if permitted.returncode == 0:
@@ -150,7 +150,7 @@ def test_a_folder_that_was_chosen_and_cannot_be_made_is_an_error_of_each_worker_
 
 
 def _ask_until_all_have_said_so(site: Site, workers: Mapping[int, int]) -> None:
-    """A process of root's says it with its first request: until then it may be a master, which counts nothing."""
+    """Send requests until every worker has logged it. A worker that runs as root does so at its first request."""
     said = [f"What pid {pid} counts is lost" for pid in workers.values()]
     site.child.wait_until(
         lambda: site.request() == 200 and all(words in site.child.output() for words in said), "each worker said so"

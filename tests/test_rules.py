@@ -1,4 +1,4 @@
-"""Rules, alerts and dashboards: unit-tested by promtool, made of series that exist, right in a real Prometheus."""
+"""Rules, alerts and dashboards: tested by promtool, with series that exist, and in a real Prometheus."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[str]:
 
 
 def variables(dashboard: dict[str, Any]) -> dict[str, str]:
-    """Return the queries of the dashboard's variables."""
+    """Return the queries of the variables of a dashboard."""
     return {
         variable["name"]: variable["query"]["query"]
         for variable in dashboard["templating"]["list"]
@@ -72,7 +72,7 @@ def variables(dashboard: dict[str, Any]) -> dict[str, str]:
 
 
 def fill_in(expression: str) -> str:
-    """Put the values for the demo into a dashboard's expression, as Grafana does."""
+    """Replace the variables of a dashboard expression by values for the demo, as Grafana does."""
     values = {"$job": "django", "$instance": ".+", "$__rate_interval": "20s"}
     for name, value in values.items():
         expression = expression.replace(name, value)
@@ -185,7 +185,7 @@ def visit_all_views(site: Site, times: int = 10) -> None:
 
 @contextlib.contextmanager
 def visitors(ask: Callable[[], object]) -> Iterator[None]:
-    """Call `ask` again and again in a thread of its own."""
+    """Call `ask` repeatedly in a thread."""
     ended = threading.Event()
 
     def run() -> None:
@@ -286,7 +286,7 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
             seen: list[object] = []
 
             def by_hand() -> tuple[float, ...]:
-                """Return what was recorded last, what the expression gives for that time, and the sum by hand."""
+                """Return the last recorded value, that of its expression at that time, and the sum computed by hand."""
                 at, recorded = server.ask("query", query=f"{name}[30s]")["result"][0]["values"][-1]
 
                 def ask_for_value() -> str:
@@ -320,7 +320,7 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
 
 
 def hurry(text: str) -> str:
-    """Shorten the durations of a rule file: its minutes take two seconds."""
+    """Shorten the durations in a rule file: a minute becomes two seconds."""
     seconds = {"m": 2, "h": 120}
     return re.sub(r"\b(\d+)([mh])\b", lambda match: f"{int(match[1]) * seconds[match[2]]}s", text)
 
@@ -333,13 +333,13 @@ def firing(server: Prometheus) -> set[str]:
 
 
 def fired(server: Prometheus) -> set[str]:
-    """Return what has fired since Prometheus runs."""
+    """Return the alerts that have fired since Prometheus started."""
     result = server.ask("query", query='count by (alertname) (count_over_time(ALERTS{alertstate="firing"}[1h]))')
     return {series["metric"]["alertname"] for series in result["result"]}
 
 
 def wait_for_scrapes(server: Prometheus, port: int, count: int) -> None:
-    """Wait until Prometheus has tried a port so many times since it runs."""
+    """Wait until Prometheus has scraped a port this many times."""
     tried = f'count_over_time(up{{instance="127.0.0.1:{port}"}}[1h]) >= {count}'
     server.child.wait_until(lambda: server.query(tried), f"{count} scrapes", 3 * count + 30)
 

@@ -1,4 +1,4 @@
-"""What each port of the range does now, for a person and for a machine."""
+"""What each port of the range does now, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ WITHOUT_RICH = (
 
 
 class Terminal:
-    """A program at a terminal of its own, 100 columns wide."""
+    """A program in its own terminal, 100 columns wide."""
 
     def __init__(self, *words: str, **env: str) -> None:
         self.text = ""
@@ -233,7 +233,7 @@ class Terminal:
         os.close(slave)
 
     def read(self) -> str:
-        """Return all that the program wrote."""
+        """Return the whole output of the program."""
         with contextlib.suppress(OSError):  # nothing now, or never again
             while chunk := os.read(self._master, 65536):
                 self.text += chunk.decode()
@@ -266,7 +266,7 @@ def watching(*words: str, ports: range, **env: str) -> Iterator[Terminal]:
 
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
-    """Serve an endpoint of the site, as a process of its own knows it."""
+    """Serve an endpoint of the site that describes itself as another process."""
     return endpoint(ports, project="demo_site.settings", pid=4711, command="[red]gunicorn")
 
 

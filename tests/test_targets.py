@@ -1,4 +1,4 @@
-"""Target groups, the file that Prometheus reads, and asking ports whether they answer."""
+"""Target groups, the target file, and probing ports."""
 
 from __future__ import annotations
 

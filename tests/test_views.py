@@ -1,4 +1,4 @@
-"""The live targets through the site itself: who is told, and what Prometheus makes of it."""
+"""The view with the live targets: who may read it, and how Prometheus uses it."""
 
 from __future__ import annotations
 
@@ -140,10 +140,10 @@ def test_prometheus_follows_the_workers_through_a_reload_and_when_their_number_c
 
 
 def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozenset()) -> set[float]:
-    """Wait until both jobs have the live workers for targets and no others, and have scraped them.
+    """Wait until the targets of both jobs are exactly the live workers, and have been scraped.
 
-    Returns when the processes began; those that began then are not waited for. A refresh takes a second, and Prometheus
-    hands on what it found every five; the rest of the deadline is for a busy machine.
+    Return the start times of the processes. but: start times of processes that must be gone. A refresh takes a second,
+    and Prometheus applies new targets every five; the rest of the deadline is for a busy machine.
     """
 
     def find() -> set[float]:

@@ -1,8 +1,7 @@
-"""What writing a long target list costs: python -m tests.benchmarks.export
+"""The cost of writing a long target list: python -m tests.benchmarks.export
 
-The list of many hosts, as export_targets writes it, beside a plain json.dump() of the same list. Each run is a process
-of its own; they take turns. CPU time is that of making the list and writing it, memory is how much the process grew by
-at most.
+Compares export_targets for many hosts with a plain json.dump() of the same list. Each run is a new process; the two
+alternate. CPU time covers creating and writing the list; memory is the peak growth of the process.
 """
 
 from __future__ import annotations
