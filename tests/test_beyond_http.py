@@ -44,7 +44,7 @@ POOLS = {
     "solo": ["--pool=solo"],
 }
 RECYCLE = "--max-tasks-per-child=10"
-# Run in each process of the shop before all else: a program that ends says which ports it bound.
+# Runs first in each process of the shop: at exit it prints the ports that the program bound.
 REPORT = """
 import atexit, sys
 

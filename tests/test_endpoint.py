@@ -640,7 +640,7 @@ def test_an_error_that_comes_at_any_moment_leaves_the_endpoint_answering(
             raise_in(thread, SystemExit)
 
     wait_until(lambda: _answers(served), "the endpoint answers")
-    # One that comes in the middle of Python's own accept() costs a descriptor, which nobody knows then.
+    # An exception in the middle of Python's accept() leaks a descriptor that no code can close.
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 15, "nearly all descriptors are closed", 5)
     assert len(caplog.records) < 10
 

@@ -68,7 +68,7 @@ class Traffic:
             try:
                 status = self._ask(*asked)
             except ConnectionRefusedError:
-                continue  # nobody can have counted it
+                continue  # it cannot have been counted
             with self._lock:
                 (self.answered if status in (200, 201) else self.unanswered)[asked] += 1
 

@@ -551,7 +551,7 @@ def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, 
             return lists(free_ports[0])
 
         child.wait_until(answer_a_look, "the worker is listed, and not the program that says nothing")
-        # From now on neither says anything.
+        # From now on neither prints anything.
         with worker(free_ports) as port:
             child.wait_until(lambda: lists(free_ports[0], port), "another worker is listed too")
 

@@ -73,7 +73,7 @@ try:
             beats.labels("child").inc()
             logger.warning("beat")
             if sys.argv[1] == "master":
-                django_promports.start()  # at once: a child of root's waits for what becomes of its user
+                django_promports.start()  # at once: a child of a root process waits, because it may change its user
             os._exit(0 if (django_promports.port() is None) == (sys.argv[1] == "worker") else 1)
         status = os.waitpid(pid, 0)[1]
         assert status == 0, (number, status)

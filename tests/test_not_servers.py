@@ -134,7 +134,7 @@ def test_a_test_run_beside_a_live_site_changes_no_live_counter(
         assert [site.request() for _ in range(3)] == [200] * 3
 
         tests = manage("test", "many_tests", **env)
-        # Of a port that the tests had held, the next worker would go on with the counts.
+        # If the tests had held a port, the next worker would continue its counts.
         os.kill(site.child.pid, signal.SIGTTIN)
         site.wait_for_workers(2)
 
@@ -246,7 +246,7 @@ class LiveTest(LiveServerTestCase):
 """
 
 FILES = {
-    # At its exit a process says whether django.core.wsgi was imported, which ports it bound, and its threads.
+    # At exit a process prints whether django.core.wsgi was imported, which ports it bound, and its threads.
     "sitecustomize.py": """
 import atexit, sys, threading
 

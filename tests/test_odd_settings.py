@@ -169,7 +169,7 @@ def check() -> list[django_checks.CheckMessage]:
 @example(dict.fromkeys(PROMPORTS, Made(Hostile)), {})
 @example({}, dict.fromkeys(OTHERS, Made(Hostile)))
 @example(dict.fromkeys(PROMPORTS, UNSET), {})
-@example({}, {"MIDDLEWARE": range(10**9)})  # which nobody has the time to go through
+@example({}, {"MIDDLEWARE": range(10**9)})  # too long to iterate over
 @given(
     st.dictionaries(st.sampled_from(PROMPORTS), odd, max_size=len(PROMPORTS)),
     st.dictionaries(st.sampled_from(OTHERS), odd, max_size=2),

@@ -223,7 +223,7 @@ def test_a_counter_does_not_fall_while_its_adoption_is_pending(
     thread = threading.Thread(target=process.book._act, args=[hold])  # no public act takes as long as this has to
     thread.start()
     assert held.wait(60)
-    counter.labels("GET").inc(5)  # goes on after a moment, counted in memory
+    counter.labels("GET").inc(5)  # continues after a moment, counted in memory
 
     text, _ = process.interrupt(accept, names, -1, list)
     assert read(text)['jobs_total{k="GET"}'] == "1000.0"

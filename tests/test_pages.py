@@ -411,7 +411,7 @@ def test_another_program_on_a_port_is_shown_as_one_whatever_it_says(free_ports: 
     elements = Elements(page)
     assert elements.names().count("script") == 1
     assert "alert(1)" not in elements.text
-    assert UNSIGNED in elements.text  # it says that it is of this site
+    assert UNSIGNED in elements.text  # it claims to belong to this site
     assert "another program has the port" in elements.text
     assert f"http://127.0.0.1:{ports[0]}/" in elements.links()
 

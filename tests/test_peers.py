@@ -217,7 +217,7 @@ def test_an_answer_that_was_recorded_proves_nothing_later(free_ports: range) -> 
     with endpoint(free_ports[1:], project="this", keys=[KEY]) as port:
         with hostile(free_ports[0], lambda request: b"") as listener:
             ask(free_ports[0], site)
-        # What a worker at the same port once answered to somebody who had a key.
+        # A recorded answer of a worker at the same port, to a probe signed with a key of the site.
         asked = proof.Asked("127.0.0.1", port, "/", f"127.0.0.1:{port}")
         probe = proof.make_probe([KEY], asked)
         request = f"GET / HTTP/1.1\r\nHost: {asked.host}\r\nAccept: application/json\r\n{proof.PROBE}: {probe.header}"

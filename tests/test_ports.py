@@ -333,7 +333,7 @@ def test_waiting_processes_are_counted_for_each_range_until_they_stop_waiting_or
 
 
 KEY = b"k" * 32
-# A child that says when it begins to wait for its parent, and when that is over.
+# A child that prints when it starts and when it stops waiting for its parent.
 RELIEVE = (
     "import os, sys; from django_promports import ports\n"
     "print('begun', flush=True); ports.relieve_parent(bytes.fromhex(sys.argv[1]), float(sys.argv[2])); print('done')"

@@ -50,7 +50,7 @@ class Machine(NamedTuple):
 
 # The variables that name folders, naming what is not there.
 ODD = {"TMPDIR": "/nonexistent/\udcff", "TEMP": "relative", "TMP": "", "HOME": "/nonexistent"}
-# The setting, whether the check and the workers have something to say, and the environment.
+# The setting, whether the check and the workers report something, and the environment.
 FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
     "unset": (None, True, {}),
     "unset-odd": (None, True, ODD),

@@ -123,7 +123,7 @@ def test_senseless_times_of_a_series_break_nothing(senseless: float, cell: int, 
     for _ in range(2):
         process = Process(path)
         found = process.scrape(accept)
-        if cell < 2:  # the third says since when it is idle
+        if cell < 2:  # the third holds the time since which it is idle
             assert found['c_total{x="x"}'] == "3.0"
         assert math.isfinite(float(found.get('c_created{x="x"}', "0")))
         process.book.close()

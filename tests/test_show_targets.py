@@ -218,7 +218,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         os.set_blocking(self._master, False)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        # Variables with which a person or CI asks programs for colours, or for none.
+        # Variables that enable or disable colours in programs.
         asking = {"NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
         usual = {name: value for name, value in os.environ.items() if name not in asking}
         self.process = subprocess.Popen(
@@ -281,7 +281,7 @@ def test_a_watched_table_stays_in_place_on_a_terminal_and_has_colours(free_ports
 
     assert "\x1b[32mlive" in terminal.text
     assert "\x1b[31mother" in terminal.text
-    assert "[red]gunicorn" in terminal.text  # a worker's command line is no markup
+    assert "[red]gunicorn" in terminal.text  # a worker's command line is not markup
     assert "\x1b[1A" in terminal.text  # one line up
     assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")  # the cursor is back
     assert "Traceback" not in terminal.text

@@ -378,7 +378,7 @@ def test_what_is_unregistered_is_gone_here_and_in_the_next_process(
     with begin_with(make, early, processes) as (process, metric):
         work(metric, "x")
         process.registry.unregister(metric)
-        work(metric, "x", "z")  # somebody who still has it
+        work(metric, "x", "z")  # code that still holds the metric
         assert process.samples() == {}
 
     with processes() as process:

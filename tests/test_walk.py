@@ -18,7 +18,7 @@ from tests.walk import Fault, walk
 
 
 def test_walks_find_no_fault() -> None:
-    first = random.randrange(10**9)  # another one in each run; a fault says which it was
+    first = random.randrange(10**9)  # different in each run; a fault names it
     for seed in range(first, first + 40):
         walk(seed)
 

@@ -59,7 +59,7 @@ def measure(way: str, hosts: int) -> None:
         path = Path(folder, "targets")
         if way == "unchanged":
             write_file(path, lambda: dump_json(make(names)))
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
         before, began = memory("VmRSS"), time.process_time()
         if way == "plain":
             targets = [f"{name}:{port}" for name in names for port in PORTS]

@@ -117,7 +117,7 @@ def count_samples(registry: CollectorRegistry) -> int:
 
 
 def main(sizes: list[int]) -> None:
-    logging.basicConfig()  # should django_promports say that it does not know this prometheus_client
+    logging.basicConfig()  # shows a warning if django_promports does not know this prometheus_client
     write = sys.stdout.write
     write("| samples | changed | prometheus_client | django_promports | cheaper | wanted | longest turn | cache |\n")
     write("|--:|---|--:|--:|--:|--:|--:|--:|\n")
