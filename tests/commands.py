@@ -26,7 +26,7 @@ from django_promports.page.look import Look
 from django_promports.values import Book
 from tests.servers import ROOT
 
-# For root a read-only folder is writable and no port is privileged.
+# Root can write to read-only folders and bind privileged ports.
 BECOME_NOBODY = "import os\nif os.getuid() == 0: os.setuid(65534)\n"
 
 

@@ -27,7 +27,7 @@ from django_promports.ledger import OPEN, SEAL_AT
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-# Generous: a deadline is reached by what is broken, not by what is slow.
+# Generous: only a broken program should reach a deadline, not a slow one.
 SECONDS = 30.0
 
 

@@ -34,7 +34,7 @@ from tests.servers import (
 pytestmark = pytest.mark.servers
 
 PAGE = (ROOT / "docs/beyond-http.md").read_text()
-# The code blocks that begin with the name of a file.
+# The code blocks that start with a file name.
 PROGRAMS = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 COUNT = 200
 POOLS = {
@@ -159,7 +159,7 @@ def test_celery_counts_each_task_once(pool: str, shop: Shop, redis: None, row: R
 
 def test_what_the_parent_counted_is_in_no_childs_counts(shop: Shop, redis: None) -> None:
     tasks = shop.folder / "shop/tasks.py"
-    # As a database back end that counts connections does, when something at start-up makes a query.
+    # As a database backend that counts connections does if something makes a query at start-up.
     tasks.write_text(f"{tasks.read_text()}\nPACKED.inc(1000)\n")
     with shop.run(*celery(*POOLS["prefork"], RECYCLE)) as child:
         before = shop.wait_for(child, 4)
@@ -192,7 +192,7 @@ def test_a_grpc_server_counts_each_call_once(processes: int, shop: Shop, row: Ro
     script = f"""
 import grpc
 
-for _ in range(20):  # each is a connection of its own
+for _ in range(20):  # each opens a connection
     with grpc.insecure_channel("{address}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         pack = channel.unary_unary("/shop.Shop/Pack")
         for number in range({COUNT // 20}):
@@ -274,7 +274,7 @@ def check(
             child.wait_until(lambda: not set(first.values()) & set(child.children()), "all children were replaced")
         shop.wait_for_count(child, COUNT)
         live = shop.wait_for(child, processes)
-        # A parent holds no port, and runs nothing of what is counted.
+        # A parent holds no port and runs no code that counts.
         assert set(live.values()) == (set(child.children()) if processes > 1 else {child.pid})
         assert processes == 1 or not listening_ports(child.pid)
 

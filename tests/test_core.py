@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.servers import ROOT
 
-# What reads the settings, answers the framework's hooks, or is a command.
+# Modules that read the settings, implement Django's hooks, or are commands.
 DJANGO_FACE = {"apps", "checks", "conf", "discovery", "urls", "views", "worker"}
 WITHOUT_DJANGO = """
 import sys

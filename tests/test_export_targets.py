@@ -34,7 +34,7 @@ from django_promports.stopping import stop_signals
 from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python, sign
 from tests.servers import ROOT, SECONDS, Child, manage, running
 
-# Nothing is claimed where these two are used.
+# Tests that use these two claim no port.
 HTTP = ["127.0.0.1:19100", "127.0.0.1:19101"]
 
 
@@ -120,7 +120,7 @@ def test_live_leaves_out_free_ports_and_other_programs(
     django_promports.start()
     foreign = answering(free_ports[1], b"220 mail ESMTP\r\n")
     with foreign, endpoint(free_ports, project="another"), endpoint(free_ports):
-        # On the other hosts nothing answers.
+        # The other hosts do not answer.
         out, err = call("export_targets", "--live", *arguments)
         labelled, _ = call("export_targets", "--live", "--worker-label", *arguments)
 
@@ -159,7 +159,7 @@ def test_live_asks_with_the_sites_own_certificate_and_token(
     assert shown.splitlines()[-1].startswith("1 live, 14 of 15 ports free")
 
 
-# A process of its own, because what never ends cannot be stopped in this one.
+# A separate process, because an endless loop could not be stopped in this one.
 MANAGE = "from django.core.management import execute_from_command_line as run; import sys; run(sys.argv)"
 
 
@@ -309,14 +309,14 @@ def test_an_output_that_cannot_be_written_says_why(output: str, reason: str, tmp
 
 
 def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
-    # Everything is imported before, because a user without privileges may be unable to.
+    # Everything is imported first, because an unprivileged user may be unable to.
     code = (
         "import sys, django\nfrom io import StringIO\nfrom django.core.management import call_command\n"
         "django.setup()\nfrom django_promports.management.commands.export_targets import Command\n"
         "call_command(Command(), stdout=StringIO())\n"
         f"{BECOME_NOBODY}call_command(Command(), '--output', sys.argv[1])"
     )
-    # pytest's own folders cannot be entered by another user.
+    # Another user cannot enter pytest's folders.
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "django.json")
         output.write_text("old\n")
@@ -425,7 +425,7 @@ def test_hosts_come_from_standard_input(
 def test_kubernetes_gets_the_range_and_the_settings(
     address: str, said: str, settings: Settings, tmp_path: Path
 ) -> None:
-    settings.ROOT_URLCONF = "Tea_Shop.urls"  # what the project is known by, in tests
+    settings.ROOT_URLCONF = "Tea_Shop.urls"  # the name of the project in tests
     settings.PROMPORTS_ADDRESS = address
     settings.PROMPORTS_PORT_RANGE = [19100, 19105]
     settings.PROMPORTS_TARGET_LABELS = {"site": "shop"}
@@ -590,7 +590,7 @@ def test_a_signal_waits_until_what_was_begun_is_done() -> None:
     with stop_signals() as told_to_stop:
         before = told_to_stop(0)
         os.kill(os.getpid(), signal.SIGTERM)
-        # A second signal finds what was there before.
+        # A second signal meets the previous handler.
         assert signal.getsignal(signal.SIGTERM) == usual
         after = told_to_stop(SECONDS)
 

@@ -17,7 +17,7 @@ from tests.servers import ROOT
 pytestmark = pytest.mark.long
 
 README = (ROOT / "README.md").read_text()
-# The oldest Python that Django 6.1 runs on, and the interpreters that may have it.
+# The oldest Python that Django 6.1 supports, and the interpreters that may be it.
 OLDEST = (3, 12)
 INTERPRETERS = [sys.executable, "python3.12", "python3.13", "python3.14", "python3"]
 
@@ -42,7 +42,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> Path:
     """A folder in which pip finds a wheel of this working tree."""
     folder = tmp_path_factory.mktemp("wheels")
     source = tmp_path_factory.mktemp("source") / "tree"
-    # A copy: building must leave nothing behind in the tree, nor pack what lies about in it.
+    # A copy: the build must not leave files in the tree, nor pack untracked ones.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "docs", "tests"))
     builder = Environment(tmp_path_factory.mktemp("builder"), interpreter)
     builder.pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source))

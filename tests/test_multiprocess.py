@@ -10,8 +10,8 @@ from tests.commands import run_python
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import send_requests
 
-# prometheus_client opens a file in the folder for each metric that is made. For root only a folder of the kernel's own
-# is one that no file can be made in.
+# prometheus_client creates a file in the folder for each metric. The only folders in which root cannot create files are
+# those of kernel file systems.
 FOLDERS = {"missing": "{tmp}/missing", "file": "{tmp}/file", "unwritable": "/proc", "good": "{tmp}", "empty": ""}
 
 
@@ -42,7 +42,7 @@ def test_the_site_serves_and_the_log_and_the_check_name_the_variable(
 
 
 def test_with_django_prometheus_too_the_cause_is_named(free_ports: range, tmp_path: Path) -> None:
-    # Its middleware makes metrics as it is loaded, so nothing of ours can keep the worker from failing to boot.
+    # django-prometheus' middleware creates metrics when it is loaded, so the worker cannot boot, whatever we do.
     env = {**write_site(tmp_path, counted=True), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
 
     check = django_admin("check", **env)

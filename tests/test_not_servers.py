@@ -13,7 +13,7 @@ import pytest
 
 from tests.servers import ROOT, Site, database, describe, gunicorn, listening_ports, manage, request, running, serving
 
-# Each imports django.test when it is loaded, and with it django.core.wsgi.
+# Each imports django.test, and with it django.core.wsgi.
 NEIGHBOURS = [
     "wagtail",
     "wagtail.users",
@@ -31,7 +31,7 @@ NEIGHBOURS = [
     "oauth2_provider",
     "django_extensions",
 ]
-# The apps of a site beside the demo's: none, one of its own, or packages from PyPI, in an environment of their own.
+# Additional apps of the demo site: none, a local one, or packages from PyPI in a separate environment.
 SITES = [
     pytest.param([], id="demo"),
     pytest.param(["importing"], id="own-app"),
@@ -90,7 +90,7 @@ def test_a_process_that_is_not_a_server_holds_no_port_makes_no_file_and_says_not
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    # Port 0 is the check of the address, and a live server's in a test.
+    # Port 0 is used by the check of the address, and by a live server in a test.
     assert "BOUND [] THREADS ['MainThread']" in done.stderr, done.stderr
     assert "WSGI True" in done.stderr or not apps, "the apps are not what they are here for"
     assert "promports" not in done.stdout + done.stderr

@@ -222,7 +222,7 @@ def test_no_environment_makes_a_check_raise(temporary_again: None, variables: di
 
 @pytest.mark.parametrize("options", [None, 8, Hostile(), {b"threads": 2}], ids=["none", "number", "hostile", "bytes"])
 def test_no_version_of_uwsgi_makes_a_check_raise(options: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    # uWSGI's own module is there inside uWSGI only.
+    # The module uwsgi exists only inside uWSGI.
     monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(opt=options))
 
     assert {"promports.W008", "promports.E014"} & {message.id for message in check()}
@@ -264,7 +264,7 @@ def _refuse() -> Any:
 def test_a_default_is_computed_only_where_the_setting_is_missing(
     module: Any, function: str, setting: str, value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A machine without a temporary directory is in test_read_only.py; here the call itself is what must not be.
+    # test_read_only.py has a machine without a temporary directory; here the call must not be made.
     monkeypatch.setattr(module, function, _refuse)
 
     with override_settings(PROMPORTS_ADDRESS="0.0.0.0", **{setting: value}):

@@ -41,7 +41,7 @@ def hook(event, arguments):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 def close_selectors():
-    # As a kqueue, which does not survive a fork.
+    # Like a kqueue, which is not inherited by a forked child.
     for number in range(3, 256):
         try:
             if "eventpoll" in read_link(f"/proc/self/fd/{number}"):
@@ -190,7 +190,7 @@ def test_on_windows_the_check_says_once_that_no_metrics_are_served(
 ) -> None:
     env = {**write_site(tmp_path), "PYTHONPATH": f"{tmp_path}:{windows['PYTHONPATH']}"}
 
-    # What a site sets for its servers need not make sense on a laptop.
+    # Settings for servers need not be valid on a laptop.
     check = django_admin(*arguments, MINIMAL_LEDGER_DIR="run/shop", DEMO_PORT_RANGE="80", **env)
 
     assert check.returncode == 0, check.stderr

@@ -18,7 +18,7 @@ import pytest
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import Site, scrape, send_requests
 
-# Everything but what was mounted apart, like /proc, and /dev/shm where it is to be writable. Nor has any user a name.
+# Everything except separate mounts, like /proc, and /dev/shm if it is to be writable. User names are unknown, too.
 NAMESPACE = """
 for folder in /tmp /var/tmp /usr/tmp "$PWD" {folders}; do
     if [ -d "$folder" ]; then mount --bind "$folder" "$folder"; mount -o remount,bind,ro "$folder"; fi
@@ -48,7 +48,7 @@ class Machine(NamedTuple):
     env: dict[str, str]
 
 
-# The variables that name folders, naming what is not there.
+# The variables that name folders, set to missing ones.
 ODD = {"TMPDIR": "/nonexistent/\udcff", "TEMP": "relative", "TMP": "", "HOME": "/nonexistent"}
 # The setting, whether the check and the workers report something, and the environment.
 FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
@@ -110,7 +110,7 @@ def test_commands_work(kind: str, tmp_path: Path) -> None:
 def test_workers_serve_metrics_and_say_once_that_they_count_in_memory(
     preload: list[str], kind: str, free_ports: range, tmp_path: Path, shm: Path
 ) -> None:
-    # gunicorn itself needs one folder, for the heartbeats of its workers.
+    # gunicorn itself needs a writable folder for the heartbeats of its workers.
     setting, told, environment = FOLDERS[kind]
     wrapper, env = read_only(tmp_path, environment, shm=True)
     if setting is not None:

@@ -169,7 +169,7 @@ def test_every_metric_that_is_named_here_occurs_in_a_real_scrape(free_ports: ran
         site.wait_for_workers(2)
         visit_all_views(site)
         exposed = {sample.partition("{")[0] for port in site.live() for sample in scrape(port)}
-    exposed |= {name.removesuffix("_bucket") for name in exposed}  # as prose calls a histogram
+    exposed |= {name.removesuffix("_bucket") for name in exposed}  # the name of a histogram in prose
 
     assert named >= {COUNTER, "up", "promports_port", *RECORDED}
     assert named - exposed - RECORDED - MADE_BY_PROMETHEUS == set()
@@ -267,7 +267,7 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
                 lambda: send_requests(50, ask) and min(counts().values()) >= 20, "each worker had requests"
             )
             before = counts()
-            # A window has to begin there later, so let there be some scrapes of it.
+            # A window has to start there later, so wait for some scrapes.
             steady = f"min_over_time({COUNTER}[6s]) and count_over_time({COUNTER}[6s]) >= 5"
             server.child.wait_until(lambda: server.query(steady) == before, "Prometheus has the counts before")
             for port in ports[:3]:
@@ -325,7 +325,7 @@ def hurry(text: str) -> str:
     return re.sub(r"\b(\d+)([mh])\b", lambda match: f"{int(match[1]) * seconds[match[2]]}s", text)
 
 
-LONGEST_FOR = 2 * 15  # seconds, of the alerts in a hurry
+LONGEST_FOR = 2 * 15  # seconds, for alerts with shortened durations
 
 
 def firing(server: Prometheus) -> set[str]:
@@ -362,7 +362,7 @@ def test_a_worker_that_is_killed_for_good_fires_the_alert_that_says_so_and_28_sp
             wait_for_scrapes(server, spare[-1], LONGEST_FOR + 10)
             assert fired(server) == set()
 
-            # A master that is stopped starts no successor.
+            # A stopped master does not replace its workers.
             os.kill(site.child.pid, signal.SIGSTOP)
             stack.callback(os.kill, site.child.pid, signal.SIGCONT)
             os.kill(live[ports[3]], signal.SIGKILL)

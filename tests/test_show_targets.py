@@ -69,7 +69,7 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
         [str(free_ports[3]), "live", "-", "-", "-", "0", "# ms"],
     ]
     assert summary == f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}."
-    # The columns are aligned, and the last one stands right.
+    # The columns are aligned, the last one to the right.
     assert len({len(line) for line in table}) == 1
     assert err == ""
 
@@ -199,7 +199,7 @@ def test_manage_py_shows_the_range_or_fails_with_the_reason(free_ports: range) -
     assert "(promports.E001) PROMPORTS_PORT_RANGE is '19131-19100'" in wrong.stderr
 
 
-# A session of its own has no terminal until it opens one; then Ctrl-C reaches it.
+# A new session has no terminal until it opens one; then Ctrl-C reaches it.
 TAKE_TERMINAL = (
     "import os, sys\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -315,7 +315,7 @@ def test_without_rich_a_watched_table_is_plain_text(free_ports: range) -> None:
 def test_a_watched_table_that_is_piped_is_plain_text_and_seen_at_once(
     number: signal.Signals, free_ports: range, tmp_path: Path
 ) -> None:
-    # Longer than the test waits, for the table as for the end.
+    # Longer than the test waits for the table and for the end.
     command = [sys.executable, "manage.py", "show_targets", "--watch", "600"]
     range_ = f"{free_ports[0]}-{free_ports[3]}"
     with worker(free_ports), running(*command, log=tmp_path / "log", DEMO_PORT_RANGE=range_, TERM="xterm") as child:

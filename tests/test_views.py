@@ -80,7 +80,7 @@ def test_the_targets_are_only_read(client: Client, token_file: Path) -> None:
 
 
 def test_prometheus_need_not_log_in_where_everybody_else_must() -> None:
-    # What LoginRequiredMiddleware asks a view.
+    # The attribute of a view that LoginRequiredMiddleware reads.
     assert resolve(PATH).func.login_required is False  # type: ignore[attr-defined]
 
 
@@ -152,7 +152,7 @@ def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozens
         for target in server.ask("targets")["activeTargets"]:
             known[target["labels"]["job"]].add(target["labels"]["instance"])
         began = {job: server.query(f'process_start_time_seconds{{job="{job}"}}') for job in known}
-        if f"127.0.0.1:{site.ports[0]}" not in live:  # the one that Prometheus asks for the list: it keeps the last one
+        if f"127.0.0.1:{site.ports[0]}" not in live:  # Prometheus gets its list from this one, and keeps the last list
             del known["endpoint"]
         if any(known[job] != live or set(began[job]) != live or set(began[job].values()) & but for job in known):
             return set()

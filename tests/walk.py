@@ -262,7 +262,7 @@ class Walk:
     def stop_and_start(self) -> None:
         self.book.close()
         for scrape in self.scrapes:
-            check_form(drain(scrape.steps), scrape.accept)  # of what is closed in its middle nothing more is said
+            check_form(drain(scrape.steps), scrape.accept)  # its numbers cannot be compared: the ledger was closed
         self.scrapes.clear()
         self.book.open(Ledger(self.path, "walk"))
 
@@ -358,7 +358,7 @@ def check_form(text: str, accept: str) -> None:
     try:
         list((parse_openmetrics if accept else parse_classic)(text))
     except ValueError as error:
-        # A bucket that was put below another, and the like, is the site's, and prometheus_client's as well.
+        # Invalid buckets and the like come from the site; prometheus_client shows them too.
         if "HELP" in str(error) or "TYPE" in str(error) or "Clashing" in str(error) or "Duplicate" in str(error):
             raise Fault(f"It is not valid: {error}\n{text}") from None
 

@@ -140,7 +140,7 @@ def measure(size: int, registry: CollectorRegistry, book: Book, children: list[A
     samples = count_samples(registry)
     app = make_wsgi_app(registry)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_ACCEPT": ACCEPT, "HTTP_ACCEPT_ENCODING": "gzip"}
-    gc.collect()  # else the first scrape pays for the registry's making
+    gc.collect()  # otherwise the first scrape includes garbage from creating the registry
     exposition = Exposition(book)
     _, first, first_turn = render(exposition)
     results: dict[str, list[tuple[float, float, float]]] = {change: [] for change in CHANGES}
