@@ -107,7 +107,7 @@ class Conf:
 
     @property
     def metric_namespace(self) -> str:
-        """What the names of django-prometheus' metrics begin with, if anything."""
+        """The namespace of django-prometheus' metrics; empty by default."""
         return str(getattr(settings, "PROMETHEUS_METRIC_NAMESPACE", "") or "")
 
     @property
