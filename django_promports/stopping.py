@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 
 def parse_seconds(text: str) -> float:
-    """Return the seconds of a command's option."""
+    """Parse the seconds of a command-line option."""
     try:
         seconds = float(text)
     except ValueError:

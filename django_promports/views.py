@@ -27,13 +27,13 @@ from django_promports.page import html
 @never_cache
 @require_safe
 def targets(request: HttpRequest) -> HttpResponse:
-    """Return the ports of this machine at which a worker answers now."""
+    """Return the http_sd list of the ports of this machine at which a worker answers now."""
     token = conf.read_token()
     if token is None:
         text = "The targets require the bearer token of the endpoints; set PROMPORTS_BEARER_TOKEN_FILE.\n"
         return HttpResponse(text, "text/plain", 403)
     if not is_authorized(request.headers.get("Authorization", ""), token):
-        text = "This page requires the bearer token of the endpoints.\n"
+        text = "This list requires the bearer token of the endpoints.\n"
         return HttpResponse(text, "text/plain", 401, headers={"WWW-Authenticate": "Bearer"})
     with contextlib.closing(Loop()) as loop:
         return HttpResponse(loop.complete(find_targets(loop)), "application/json")

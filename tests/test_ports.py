@@ -1,4 +1,4 @@
-"""Which ports may be claimed, who gets which, and who waits."""
+"""Which ports can be claimed, which process gets which, and which processes wait."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_claim_is_shared_with_nobody(free_ports: range) -> None:
 
 @pytest.fixture
 def many_free_ports() -> Iterator[range]:
-    """A few more than a hundred ports, below those of free_ports, whose blocks are shorter. The first is the guard."""
+    """More than a hundred ports, below those of free_ports, whose blocks are shorter. The first one is the guard."""
     count = 112
     for first in range(10000, 12000 - count, count):
         try:

@@ -1,4 +1,4 @@
-"""Target groups, the file that Prometheus reads, and asking ports whether they answer."""
+"""Target groups, the target file, and probing ports."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_long_list_is_never_in_memory_as_a_whole(
     assert peak < 500_000
 
 
-# What the published definition says of the fields in use: https://github.com/prometheus-operator/prometheus-operator
+# The published definition of the fields in use: https://github.com/prometheus-operator/prometheus-operator
 # (example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml, version 0.91). A dict is an object with no
 # other field, a list is an array, a regular expression is a string; fields with a * must be there.
 LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
