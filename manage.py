@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs demo_site."""
+"""Run management commands of demo_site."""
 
 from __future__ import annotations
 

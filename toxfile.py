@@ -1,4 +1,4 @@
-"""Shows tox the interpreters in pyenv's folder, which need not be on the PATH. They come last."""
+"""Lets tox find the interpreters in pyenv's folder, which need not be on the PATH. They come last."""
 
 from __future__ import annotations
 

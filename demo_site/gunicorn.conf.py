@@ -1,4 +1,4 @@
-"""gunicorn's own settings: nothing in here is about metrics."""
+"""Settings of gunicorn. Nothing here is specific to metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shop's own metrics. Any module may make them; nothing about them knows of worker processes."""
+"""The metrics of the shop. Any module may create metrics; they need no code for worker processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the demo: a tea shop. The environment may change what a test or a second run needs changed."""
+"""Settings of the demo, a tea shop. Tests and concurrent runs override some of them with environment variables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIME_ZONE = "UTC"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
-# The page of the workers is for staff, so somebody must be able to log in.
+# The page with the workers requires a staff user, so users must be able to log in.
 AUTH_APPS = ["django.contrib.auth", "django.contrib.contenttypes"]
 AUTH_MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -27,7 +27,7 @@ SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
 LOGIN_URL = "login"
 TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "DIRS": [BASE_DIR / "templates"]}]
 
-# The two settings that a user of django_promports writes.
+# The two settings that django_promports needs.
 INSTALLED_APPS = [
     "django_prometheus",
     "django_promports",
@@ -47,7 +47,7 @@ if "DEMO_LEDGER_DIR" in os.environ:
 PROMPORTS_BEARER_TOKEN_FILE = os.environ.get("DEMO_TOKEN_FILE")
 PROMPORTS_PORT_RANGE = os.environ.get("DEMO_PORT_RANGE", "19100-19131")
 
-# django-prometheus' back ends time the queries and count the cache's hits.
+# django-prometheus' backends measure queries and count cache hits.
 DATABASES = {
     "default": {
         "ENGINE": "django_prometheus.db.backends.sqlite3",

@@ -1,4 +1,4 @@
-"""Views of different speed, and one that fails."""
+"""Views of different speed, and one that always fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from demo_site.models import Order, Tea
 
 
 def index(request: HttpRequest) -> HttpResponse:
-    """Fast: from the cache most of the time."""
+    """Fast: usually answered from the cache."""
     teas = cache.get_or_set("teas", lambda: list(Tea.objects.values("id", "name", "cents")), timeout=5)
     return JsonResponse({"teas": teas})
 
@@ -37,11 +37,11 @@ def order(request: HttpRequest, pk: int) -> HttpResponse:
 
 @SEARCH_SECONDS.time()
 def search(request: HttpRequest) -> HttpResponse:
-    """Slow, as a search elsewhere would be."""
+    """Slow, like a real search."""
     time.sleep(random.uniform(0.005, 0.06))
     return JsonResponse({"teas": list(Tea.objects.filter(name__icontains=request.GET.get("q", "")).values("name"))})
 
 
 def broken(request: HttpRequest) -> HttpResponse:
-    """Fails, so that the demo has errors to show."""
+    """Raises, so that the demo has errors to show."""
     raise RuntimeError("The kettle is empty.")

@@ -1,7 +1,7 @@
-"""What one process did lately: how many requests it had and how long they took, looked up every few seconds.
+"""Activity: the requests of one process in the last minutes and how long they took, sampled every few seconds.
 
-The numbers are django-prometheus' own counters, so nothing is added to a request; the endpoint's loop looks at two of
-them (some 70 us, every 5 s) and keeps the last minutes (10 kB). Where its middleware is not installed, nothing is kept.
+The samples come from django-prometheus' own counters, so a request costs nothing more. The endpoint's loop reads two of
+them (about 70 us, every 5 s) and keeps the last minutes (10 kB). Without django-prometheus' middleware nothing is kept.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ KEPT_SECONDS = 300.0
 
 
 class Sample(NamedTuple):
-    """The counts of a moment, which may begin with those of earlier processes: only differences mean anything."""
+    """The counts at one moment. They may include those of earlier processes, so only differences are meaningful."""
 
     ago: float  # seconds
     requests: float
     answered: float
-    seconds: float  # that all the answers took
+    seconds: float  # that all answers took together
 
 
 class Activity:
     """The samples of this process's last minutes.
 
-    namespace: what the names of django-prometheus' metrics begin with, if anything.
+    namespace: the prefix of the names of django-prometheus' metrics, if any.
     """
 
     def __init__(self, registry: CollectorRegistry, namespace: str = "") -> None:
@@ -41,13 +41,13 @@ class Activity:
         self._kept: deque[tuple[float, float, float, float]] = deque(maxlen=int(KEPT_SECONDS / SAMPLE_SECONDS) + 1)
 
     def keep(self, loop: Loop) -> Steps[None]:
-        """Take a sample every few seconds, for ever."""
+        """Take a sample every SAMPLE_SECONDS, forever."""
         while True:
             self._kept.extend(self._take())
             yield from loop.sleep(SAMPLE_SECONDS)
 
     def samples(self) -> list[Sample]:
-        """Return what is kept, oldest first, and the counts of now; empty where nobody counts requests."""
+        """Return the kept samples, oldest first, and a current one; empty if requests are not counted."""
         taken = [*self._kept, *self._take()]
         now = monotonic()
         return [Sample(round(now - moment, 2), *counts) for moment, *counts in taken]
@@ -56,14 +56,14 @@ class Activity:
         requests, latency = map(self._collectors.get, self._names)
         if type(requests) is not Counter or type(latency) is not Histogram:
             return []
-        if requests._labelnames or latency._labelnames:  # they are others of that name
+        if requests._labelnames or latency._labelnames:  # other metrics of the same name
             return []
         counts = {**_read(requests), **_read(latency)}
         return [(monotonic(), counts["_total"], counts["_count"], counts["_sum"])]
 
 
 def _read(metric: Any) -> dict[str, float]:
-    """Return the numbers of a metric by what their samples' names end in."""
+    """Return the numbers of a metric by the suffix of the sample's name."""
     return {
         sample.name.removeprefix(family.name): sample.value for family in metric.collect() for sample in family.samples
     }

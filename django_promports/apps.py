@@ -1,4 +1,4 @@
-"""The Django app: registers the checks, and claims a port if this process is a server."""
+"""The Django app: registers the system checks, and has worker.py find out whether this process is a server."""
 
 from __future__ import annotations
 

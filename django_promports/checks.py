@@ -1,4 +1,4 @@
-"""System checks: what makes a worker serve no metrics, or wrong ones. A worker logs the errors among them."""
+"""System checks: what makes a worker serve no metrics, or wrong ones. Workers log the errors too."""
 
 from __future__ import annotations
 
@@ -19,46 +19,54 @@ from django_promports.conf import WILDCARDS, conf, show
 from django_promports.ports import format_ports
 
 TAG = "promports"
-# The one error with which a worker serves its metrics all the same.
+# The only error with which a worker still serves its metrics.
 LEDGER_FOLDER = "promports.E012"
-# The one warning with which it does not.
+# The only warning with which it does not.
 PLATFORM = "promports.W006"
 REQUESTS = "promports.W007"
-# File systems in memory; writing to a mapped file on any other waits for the disk now and then.
+# File systems in memory. On any other, a write to a mapped file sometimes waits for the disk.
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 KERNEL = Path("/proc/sys/net/ipv4")
-# What counts a site's requests, in this order.
+# The classes that count requests, in their order.
 MIDDLEWARE = ("PrometheusBeforeMiddleware", "PrometheusAfterMiddleware")
 
-# Each setting that may be unusable: how to read it, the id of its check, what to do.
+# For each setting: the id of its check, a function that reads it, the hint.
 READERS: list[tuple[str, Callable[[], object], str]] = [
-    ("E001", lambda: conf.PROMPORTS_PORT_RANGE, "Write it like range(19100, 19132) or '19100-19131'."),
+    ("E001", lambda: conf.PROMPORTS_PORT_RANGE, "Use a value such as range(19100, 19132) or '19100-19131'."),
     (
         "E002",
         lambda: conf.PROMPORTS_ADDRESS,
-        "Use '127.0.0.1' for this machine only, '0.0.0.0' or '::' for every interface.",
+        "Use '127.0.0.1' for this machine only, or '0.0.0.0' or '::' for every interface.",
     ),
     (
         "E005",
         lambda: conf.PROMPORTS_TARGET_HOST,
-        "Use the name or IP address under which Prometheus reaches this host.",
+        "Use the name or IP address at which Prometheus reaches this host.",
     ),
-    ("E006", lambda: conf.PROMPORTS_TARGET_LABELS, "Use a dict of strings, like {'site': 'shop'}."),
-    ("E007", lambda: conf.server_tls(), "Give readable PEM files, the key where the certificate file has none."),
-    ("E008", lambda: conf.read_token(), "Give a readable file that holds the token."),
+    ("E006", lambda: conf.PROMPORTS_TARGET_LABELS, "Use a dict of strings, such as {'site': 'shop'}."),
+    (
+        "E007",
+        lambda: conf.server_tls(),
+        "Use readable PEM files. Set PROMPORTS_TLS_KEYFILE if the certificate file does not contain the key.",
+    ),
+    ("E008", lambda: conf.read_token(), "Use a readable file that contains the token."),
     ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
     ("E013", lambda: conf.PROMPORTS_CREATED_SERIES, "Use True or False."),
-    ("E011", lambda: conf.PROMPORTS_LEDGER_DIR, "Use the path of a folder on tmpfs, like '/run/shop', or None."),
+    (
+        "E011",
+        lambda: conf.PROMPORTS_LEDGER_DIR,
+        "Use the absolute path of a folder on a tmpfs, such as '/run/shop', or None.",
+    ),
 ]
 
 
 def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
-    """Say what is wrong with the settings and what would count twice."""
+    """Report settings that cannot be used, and what would make metrics wrong."""
     if not unix.SUPPORTED:
         return [
             checks.Warning(
                 "Metrics are served on Unix only: no process of this site claims a port.",
-                hint="Run the site in WSL or in a container to see its metrics. Elsewhere it works without.",
+                hint="Run the site in WSL or in a container to see its metrics. Here it works without them.",
                 id=PLATFORM,
             )
         ]
@@ -66,17 +74,17 @@ def check_settings(**kwargs: Any) -> list[checks.CheckMessage]:
 
 
 def check_requests(**kwargs: Any) -> list[checks.CheckMessage]:
-    """Say when requests are not counted. No worker needs to know: it would only repeat it."""
+    """Report that requests are not counted. Workers do not log this: each would repeat it."""
     return _carry_out(_check_requests) if unix.SUPPORTED else []
 
 
 def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
-    """With `check --deploy`, say when anybody can read the metrics, and when counting may wait for a disk."""
+    """With `check --deploy`, report that everyone can read the metrics, and that counting may wait for a disk."""
     return _carry_out(_check_exposure, _check_file_system) if unix.SUPPORTED else []
 
 
 def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[checks.CheckMessage]:
-    """Return the messages of some checks. One that raises would end every command, so that is a message too."""
+    """Return the messages of some checks. An exception would end every command, so it becomes a message too."""
     messages: list[checks.CheckMessage] = []
     for part in parts:
         try:
@@ -84,8 +92,8 @@ def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[chec
         except Exception as error:
             messages.append(
                 checks.Warning(
-                    f"django_promports could not check everything: {part.__name__}() raised {show(error)}.",
-                    hint="Correct the setting or the environment variable that the error is about.",
+                    f"django_promports could not complete its checks: {part.__name__}() raised {show(error)}.",
+                    hint="Correct the setting or environment variable that the error refers to.",
                     id="promports.W008",
                 )
             )
@@ -97,13 +105,13 @@ def _check_file_system() -> list[checks.CheckMessage]:
         folder = conf.PROMPORTS_LEDGER_DIR
         file_system = ledger.find_filesystem(folder) if folder else ""
     except (ImproperlyConfigured, OSError):
-        return []  # check_settings says so
+        return []  # check_settings() reports it
     if not file_system or file_system in IN_MEMORY:
         return []
     return [
         checks.Warning(
-            f"PROMPORTS_LEDGER_DIR is {str(folder)!r}, on {file_system}: a request may wait for the disk to count.",
-            hint="Use a folder on tmpfs, like RuntimeDirectory= of systemd makes under /run, or one in /dev/shm.",
+            f"PROMPORTS_LEDGER_DIR is {str(folder)!r}, on {file_system}: requests may have to wait for the disk.",
+            hint="Use a folder on a tmpfs, such as one under /run (RuntimeDirectory= of systemd) or in /dev/shm.",
             id="promports.W003",
         )
     ]
@@ -114,14 +122,14 @@ def _check_exposure() -> list[checks.CheckMessage]:
         exposed = conf.PROMPORTS_ADDRESS in WILDCARDS
         guarded = conf.PROMPORTS_TLS_CERTFILE or conf.PROMPORTS_BEARER_TOKEN_FILE
     except ImproperlyConfigured:
-        return []  # check_settings says so
+        return []  # check_settings() reports it
     if not exposed or guarded:
         return []
     return [
         checks.Warning(
-            f"PROMPORTS_ADDRESS is {conf.PROMPORTS_ADDRESS!r}: whoever reaches this host reads the site's metrics.",
+            f"PROMPORTS_ADDRESS is {conf.PROMPORTS_ADDRESS!r}: everyone who can reach this host can read the metrics.",
             hint="Bind an internal address, or set PROMPORTS_BEARER_TOKEN_FILE or PROMPORTS_TLS_CERTFILE with "
-            "PROMPORTS_TLS_CLIENT_CAFILE; silence this check where a firewall keeps others out.",
+            "PROMPORTS_TLS_CLIENT_CAFILE. Silence this check if a firewall protects the ports.",
             id="promports.W002",
         )
     ]
@@ -133,7 +141,7 @@ def _check_values() -> Iterator[checks.CheckMessage]:
         try:
             read()
         except ImproperlyConfigured as error:
-            if str(error) not in said:  # the target host is the address by default
+            if str(error) not in said:  # the default of the target host is the address
                 said.add(str(error))
                 yield checks.Error(str(error), hint=hint, id=f"promports.{number}")
 
@@ -146,16 +154,16 @@ def _check_ports() -> Iterator[checks.CheckMessage]:
     first_free = _kernel_numbers("ip_unprivileged_port_start", [1024])[0]
     if ports[0] < first_free:
         yield checks.Error(
-            f"PROMPORTS_PORT_RANGE begins at {ports[0]}, and only root may bind ports below {first_free}.",
-            hint="Choose ports from 1024 up, like range(19100, 19132).",
+            f"PROMPORTS_PORT_RANGE starts at {ports[0]}, but only root may bind ports below {first_free}.",
+            hint="Choose ports from 1024 up, such as range(19100, 19132).",
             id="promports.E010",
         )
     low, high = _kernel_numbers("ip_local_port_range", [32768, 60999])
     if stolen := [port for port in ports if low <= port <= high]:
         yield checks.Warning(
-            f"PROMPORTS_PORT_RANGE has {format_ports(stolen)} in it, which the kernel gives to outgoing connections "
-            f"({low}-{high}): a worker may find its port taken.",
-            hint=f"Choose ports below {low}, like range(19100, 19132).",
+            f"PROMPORTS_PORT_RANGE contains {format_ports(stolen)}, which the kernel uses for outgoing connections "
+            f"({low}-{high}): a worker may find its port in use.",
+            hint=f"Choose ports below {low}, such as range(19100, 19132).",
             id="promports.W001",
         )
 
@@ -163,31 +171,31 @@ def _check_ports() -> Iterator[checks.CheckMessage]:
 def _check_rivals() -> Iterator[checks.CheckMessage]:
     if name := next((n for n in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir") if n in os.environ), None):
         yield checks.Error(
-            f"{name} is set in the environment: prometheus_client shares values between processes through files, "
-            "and the ports would show them in part or twice.",
-            hint=f"Unset {name}; the ports need no multiprocess mode.",
+            f"{name} is set in the environment: prometheus_client would share values between processes through files, "
+            "and the ports would export some of them twice and others not at all.",
+            hint=f"Unset {name}; django_promports does not need multiprocess mode.",
             id="promports.E003",
         )
     old_range = conf.django_prometheus("PORT_RANGE")
     if old_range or conf.django_prometheus("PORT"):
         name = "PROMETHEUS_METRICS_EXPORT_PORT" + ("_RANGE" if old_range else "")
-        # A range and a list are written as they are; any other iterable would be read away.
+        # A range, list or tuple can be shown; any other iterable would be consumed.
         ports = old_range if isinstance(old_range, range | list | tuple) else range(19100, 19132)
         replacement = f"PROMPORTS_PORT_RANGE = {show(ports)}"
         if address := conf.django_prometheus("ADDRESS"):
             replacement += f" and PROMPORTS_ADDRESS = {show(address)}"
         yield checks.Error(
-            f"{name} is set: django-prometheus would serve the same metrics on ports of its own.",
-            hint=f"Remove {name} and write {replacement} instead.",
+            f"{name} is set: django-prometheus would serve the same metrics on its own ports.",
+            hint=f"Remove {name} and set {replacement} instead.",
             id="promports.E004",
         )
 
 
 def _check_uwsgi() -> Iterator[checks.CheckMessage]:
-    uwsgi = sys.modules.get("uwsgi")  # which exists inside uWSGI only
+    uwsgi = sys.modules.get("uwsgi")  # exists only inside uWSGI
     if uwsgi is not None and not {"enable-threads", "threads"} & set(uwsgi.opt):
         yield checks.Error(
-            "uWSGI runs without threads of Python's, and the one that serves metrics would stand still.",
+            "uWSGI runs without Python threads, so the thread that serves metrics would never run.",
             hint="Set enable-threads = true in uWSGI's configuration, or threads = N.",
             id="promports.E014",
         )
@@ -205,7 +213,7 @@ def _check_requests() -> Iterator[checks.CheckMessage]:
     yield checks.Warning(
         f"django-prometheus is not set up: {missing}.",
         hint='Install it with `pip install "django-promports[django-prometheus]"`, then add the app and its two '
-        "middleware classes to the settings. If the site wants only the metrics that it makes itself, set "
+        "middleware classes to the settings. If you want only your own metrics, set "
         f"SILENCED_SYSTEM_CHECKS = ['{REQUESTS}'].",
         id=REQUESTS,
     )
@@ -218,24 +226,25 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
             ledger.check_folder(folder)
         elif conf.no_ledger_dir:
             yield checks.Warning(
-                f"{conf.no_ledger_dir}. Workers count in memory, and lose counts when they end.",
-                hint="Set PROMPORTS_LEDGER_DIR to a folder on tmpfs, like '/run/shop', or to None.",
+                f"{conf.no_ledger_dir}. Workers count in memory, and their counts are lost when they end.",
+                hint="Set PROMPORTS_LEDGER_DIR to a folder on a tmpfs, such as '/run/shop', or to None.",
                 id="promports.W005",
             )
     except FileNotFoundError:
-        pass  # the first worker makes it
+        pass  # the first worker creates it
     except ImproperlyConfigured:
-        pass  # _check_values() says so
+        pass  # _check_values() reports it
     except ledger.ForeignFolder as error:
         yield checks.Warning(
             f"PROMPORTS_LEDGER_DIR: {error}.",
-            hint="That is as it should be where the folder's user runs the workers. Workers of this user would "
-            "count in memory, and lose counts when they end.",
+            hint="This is correct if the owner of the folder runs the workers. Workers of the current user would "
+            "count in memory, and their counts would be lost when they end.",
             id="promports.W004",
         )
     except OSError as error:
         yield checks.Error(
-            f"PROMPORTS_LEDGER_DIR cannot be used: {error}. Workers count in memory, and lose counts when they end.",
+            f"PROMPORTS_LEDGER_DIR cannot be used: {error}. Workers count in memory, and their counts are lost when "
+            "they end.",
             hint="Use a folder that belongs to the user who runs the workers, with mode 0700.",
             id=LEDGER_FOLDER,
         )
@@ -249,7 +258,7 @@ def _has_middleware(name: str) -> bool:
     for other in conf.middleware:
         try:
             candidate, wanted = import_string(other), import_string(path)
-        except Exception:  # whatever it is, the server says so when it loads the middleware
+        except Exception:  # the server reports it when it loads the middleware
             continue
         if isinstance(candidate, type) and issubclass(candidate, wanted):
             return True

@@ -1,7 +1,7 @@
-"""Claim: what a process holds, a port with its ledger, and how it comes by both and gives them up.
+"""Claim: a port together with its ledger; how a process claims both, waits for them in a reload, and releases them.
 
-A process claims the lowest free port whose ledger is free too. Where it has to wait for one, a thread tries again. At
-the end the ledger is released before the port, so that whoever gets the port finds its ledger free.
+A process claims the lowest free port whose ledger is free too. If it has to wait for one, a retry thread tries again.
+At the end the ledger is released before the port, so that the next process to claim the port finds its ledger free.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from django_promports.thread import PAUSE_SECONDS
 
 logger = logging.getLogger("django_promports")
 
-# Seconds between two looks for a free port. gunicorn's HUP frees the old workers' ports within a second.
+# Seconds between two attempts of the retry thread. gunicorn's HUP frees the old workers' ports within a second.
 RETRY_SECONDS = 0.5
-# In a reload the new workers come before the old ones go. They wait for the ports that the site has had so far, rather
-# than move on to new ones: the instances stay the same, and what the old workers counted last is scraped, not left
-# behind in ledgers of ports that no process holds. Seconds that they wait, and wait on after each port that changed
-# hands (some servers replace one worker after the other), in all; and since when the other workers must have had their
-# ports for it to be a reload and no start.
+# In a reload the new workers start before the old ones stop. They wait for the ports that the site already uses instead
+# of claiming new ones: the instances stay the same, and the last counts of the old workers are scraped, not left behind
+# in ledgers of ports that no process holds. They wait PATIENCE_SECONDS, and as long again after each port that changed
+# hands (some servers replace one worker after the other), but at most MAX_PATIENCE_SECONDS in all. It is a reload, and
+# not a start, if another worker has held its port for more than SETTLED_SECONDS.
 PATIENCE_SECONDS = 5.0
 MAX_PATIENCE_SECONDS = 30.0
 SETTLED_SECONDS = 5.0
 
 
 class Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still have their ports, or the user may change."""
+    """It is too early to claim: the old workers of a reload still hold their ports, or the user may yet change."""
 
 
 class Terms(NamedTuple):
-    """What the settings say of a claim.
+    """The settings of a claim.
 
-    folder: of the ledgers; None: count in memory. no_folder: why there is none, if that was not asked for. site: whose
-    ledgers they are.
+    folder: where the ledgers are; None: count in memory. no_folder: why there is none, unless the settings ask for
+    that. site: the site to which the ledgers belong.
     """
 
     address: str
@@ -55,12 +55,12 @@ class Terms(NamedTuple):
 
 
 class Holder:
-    """One process as the holder of a port and its ledger. A forked child begins with a new one.
+    """One process as the holder of a port and its ledger. A forked child gets a new one.
 
-    binding: the metrics that count in the ledger. read_terms: returns the settings of now. make_endpoint: returns what
-    serves a claimed port. port, endpoint: None without a port. claimed_at: when the port was claimed, in seconds of
-    time.monotonic(). is_worker: whether the process is known to be a worker; until then it may be a master, whose
-    children are the workers. is_broken: whether it failed in a way that no waiting cures.
+    binding: the metrics that count in the ledger. read_terms: returns the current settings. make_endpoint: returns the
+    endpoint of a claimed port. port, endpoint: None without a port. claimed_at: when the port was claimed, in seconds
+    of time.monotonic(). is_worker: whether the process is known to be a worker; until then it may be a master, whose
+    children are the workers. is_broken: whether it failed in a way that waiting does not fix.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Holder:
         self._retrying_since = 0.0
         self._made_folder: Path | None = None
         self._made_secret: tuple[Path, bytes] | None = None
-        self._is_secret_missed = False
+        self._has_warned_of_secret = False
         self.claimed_at = 0.0
-        self._unsaid = ""
+        self._held_back = ""  # an error that is logged once this process is known to be a worker
 
     def claim(self, *, at_once: bool = True) -> None:
-        """Claim a port, or let a thread claim one as soon as it can. Raises OSError where waiting is of no use."""
+        """Claim a port, or start a thread that claims one as soon as it can. Raises OSError if waiting is useless."""
         with self.lock:
             if self.endpoint is not None or self.is_waiting:
                 return
@@ -98,15 +98,15 @@ class Holder:
                 self._serve(waited=0.0)
             except (ports.RangeFull, Undecided) as reason:
                 if isinstance(reason, ports.RangeFull):
-                    self._tell_full(reason)
+                    self._log_range_full(reason)
                 if self._retry is None:
                     self.start_retry()
 
     def release(self, *, undo: bool = False, seconds: float = PAUSE_SECONDS) -> None:
-        """Free the ledger and then the port, and stop waiting for one.
+        """Release the ledger and then the port, and stop waiting for a port.
 
-        undo: leave no folder and no ledger behind that this process has made. seconds: how long to wait for a thread of
-        ours that is busy, with a collector of the site say.
+        undo: remove the ledger, the site secret and the folder if this process created them. seconds: how long to wait
+        for a thread of ours that is busy, for example with a collector of the site.
         """
         self.stop_retry(seconds)
         if not self.lock.acquire(timeout=seconds):
@@ -123,7 +123,7 @@ class Holder:
                     with suppress(OSError):
                         remove_secret(*self._made_secret)
                 if undo and self._made_folder is not None:
-                    with suppress(OSError):  # others have their ledgers in it
+                    with suppress(OSError):  # not empty: other processes have their ledgers there
                         self._made_folder.rmdir()
             self.endpoint = self.port = None
             self._retrying_since, self.is_waiting = 0.0, False
@@ -131,14 +131,14 @@ class Holder:
             self.lock.release()
 
     def become_worker(self) -> None:
-        """Know that this process is a worker, and say what was held back while it could have been a master."""
+        """Mark this process as a worker, and log the error that was held back while it could have been a master."""
         self.is_worker = True
-        said, self._unsaid = self._unsaid, ""
-        if said:
-            logger.error(said)
+        message, self._held_back = self._held_back, ""
+        if message:
+            logger.error(message)
 
     def stop_retry(self, seconds: float | None = None) -> bool:
-        """Stop the thread that waits for a port; False if there is none."""
+        """Stop the retry thread. Return False if there is none."""
         self._stopping.set()
         retry = self._retry
         if retry is not None and retry is not threading.current_thread():
@@ -148,7 +148,7 @@ class Holder:
         return retry is not None
 
     def start_retry(self) -> None:
-        """Let a thread claim a port as soon as it can."""
+        """Start the retry thread, which claims a port as soon as it can."""
         self._retrying_since = self._retrying_since or time.monotonic()
         self._retry = threading.Thread(target=self._wait_for_port, name="promports-retry", daemon=True)
         self._retry.start()
@@ -168,14 +168,14 @@ class Holder:
         logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
 
     def _claim_with_ledger(self, terms: Terms, waited: float) -> tuple[ports.Claim, Ledger | None]:
-        """Claim the lowest free port whose ledger is free too; where all ledgers are taken, the lowest free port."""
+        """Claim the lowest free port whose ledger is free too; if no ledger is free, the lowest free port."""
         folder = terms.folder
-        self._unsaid = ""
+        self._held_back = ""
         if folder is None:
             claim = ports.claim(terms.address, terms.ports)
             self.claimed_at = time.monotonic()
             if terms.no_folder:
-                self._tell_in_memory(terms.no_folder)
+                self._log_in_memory(terms.no_folder)
             return claim, None
         passed: list[ports.Claim] = []
         try:
@@ -199,34 +199,37 @@ class Holder:
         except ports.RangeFull:
             if not passed:
                 raise
-            # When this one was claimed is not known any more; a later time is as safe.
+            # claimed_at is the time of a later attempt, which is as safe.
             claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
         finally:
             for other in passed:
                 other.listener.close()
-        self._tell_in_memory(reason)
+        self._log_in_memory(reason)
         return claim, None
 
     def _make_secret(self, folder: Path) -> None:
-        """Make the site secret in a folder that belongs to this user, unless there is one."""
+        """Create the site secret in a folder that belongs to this user, unless it exists."""
         try:
             if secret := make_secret(folder):
                 self._made_secret = folder, secret
         except OSError as error:
-            if not self._is_secret_missed:
-                self._is_secret_missed = True
+            if not self._has_warned_of_secret:
+                self._has_warned_of_secret = True
                 logger.warning(
-                    "There is no site secret: %s. Processes of the site know each other by other keys.", error
+                    "There is no usable site secret: %s. Processes of the site recognise each other by the bearer "
+                    "token or SECRET_KEY instead.",
+                    error,
                 )
 
-    def _tell_in_memory(self, reason: str) -> None:
-        said = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
-        if os.geteuid() == 0 and not self.is_worker:  # root's master may have workers of the folder's user
-            self._unsaid = said
+    def _log_in_memory(self, reason: str) -> None:
+        message = f"Counting in memory: {reason}. What pid {os.getpid()} counts is lost when it ends."
+        # A master that is root may have workers that run as the owner of the folder.
+        if os.geteuid() == 0 and not self.is_worker:
+            self._held_back = message
         else:
-            logger.error(said)
+            logger.error(message)
 
-    def _tell_full(self, full: ports.RangeFull) -> None:
+    def _log_range_full(self, full: ports.RangeFull) -> None:
         logger.error(
             "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
             "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
@@ -251,7 +254,7 @@ class Holder:
                         continue
                     except ports.RangeFull as full:
                         if not self.is_waiting:
-                            self._tell_full(full)
+                            self._log_range_full(full)
                         continue
                     self.is_waiting = False
                     return
@@ -265,7 +268,7 @@ class Holder:
 
 
 def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
-    """Whether the port is new to the site, and another one will soon come free."""
+    """Whether this is a reload: the port is new to the site, and another one will soon come free."""
     if read_opening(folder / f"{port}.ledger") is not None:
         return False
     openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]

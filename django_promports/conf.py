@@ -1,6 +1,6 @@
 """The settings: one typed property each, read at use, so that override_settings() works.
 
-A property raises ImproperlyConfigured for a value that cannot be used; checks.py makes it a system check error.
+A property raises ImproperlyConfigured for a value that cannot be used; checks.py turns it into a system check error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from django_promports.tls import UnusableFile, client_context, server_context
 
 T = TypeVar("T")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-# Characters of a value in a message: a setting may hold a list of a million.
+# Characters of a value in a message. A setting may be a list of a million items.
 MAX_SHOWN = 200
 
 
@@ -53,14 +53,14 @@ class Conf:
 
     @property
     def PROMPORTS_LEDGER_DIR(self) -> Path | None:
-        """None: count in memory. no_ledger_dir says why, unless the setting does."""
+        """None: count in memory. If the setting is not None, no_ledger_dir has the reason."""
         if not unix.SUPPORTED:
             return None
         return self._read("PROMPORTS_LEDGER_DIR", _parse_folder, self._default_ledger_dir)
 
     @property
     def no_ledger_dir(self) -> str:
-        """Why there is no default for PROMPORTS_LEDGER_DIR; empty if there is one, or none is needed."""
+        """The reason why PROMPORTS_LEDGER_DIR has no default; empty if it has one, or the setting is set."""
         if hasattr(settings, "PROMPORTS_LEDGER_DIR"):
             return ""
         try:
@@ -105,21 +105,21 @@ class Conf:
     def middleware(self) -> list[str]:
         """The dotted paths of the site's middleware; none where the setting is not a list or a tuple."""
         value = settings.MIDDLEWARE
-        return list(value) if isinstance(value, list | tuple) else []  # Django itself says what is wrong
+        return list(value) if isinstance(value, list | tuple) else []  # Django itself reports it
 
     @property
     def metric_namespace(self) -> str:
-        """What the names of django-prometheus' metrics begin with, if anything."""
+        """The namespace of django-prometheus' metrics; empty by default."""
         return str(getattr(settings, "PROMETHEUS_METRIC_NAMESPACE", "") or "")
 
     @property
     def project(self) -> str:
-        """The name that tells the endpoints of this site from those of another on the same machine."""
+        """The name that distinguishes the endpoints of this site from those of others on the same machine."""
         return str(settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django")
 
     @property
     def slug(self) -> str:
-        """The project's name as Kubernetes wants names (RFC 1123)."""
+        """The name of the project as a Kubernetes name (RFC 1123)."""
         return re.sub(r"[^a-z0-9]+", "-", self.project.partition(".")[0].lower()).strip("-")[:40] or "django"
 
     @property
@@ -133,17 +133,17 @@ class Conf:
 
     @property
     def site(self) -> Site:
-        self.server_tls()  # says what is wrong with the files
+        self.server_tls()  # raises if the files cannot be used
         certfile = self.PROMPORTS_TLS_CERTFILE
         tls = client_context(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
         return Site(self.project, tls, tuple(self.read_keys(asking=True)))
 
     def read_keys(self, *, asking: bool = False) -> Iterator[bytes]:
-        """Yield the keys that the processes of this site share, best first, read anew like the token.
+        """Yield the keys that the processes of this site share, preferred one first. They are read at each call.
 
-        The first is the secret in the ledger folder. Where processes share no folder (other hosts, a container, counts
-        in memory), it is the token, or SECRET_KEY where there is none. asking: root may read another user's folder,
-        but never believes who asks with what is in it.
+        The first is the secret in the ledger folder. Processes that share no folder (other hosts, containers, counting
+        in memory) use a key derived from the token, or from SECRET_KEY if there is no token. asking: the key signs a
+        probe, for which root may read the folder of another user. Incoming probes are never checked with such a key.
         """
         folder = self.PROMPORTS_LEDGER_DIR
         if folder is not None and (secret := read_secret(folder, foreign=asking)):
@@ -161,7 +161,7 @@ class Conf:
             return b""
 
     def read_token(self) -> str | None:
-        """Return the bearer token, read anew so that it can be replaced while the site runs."""
+        """Return the bearer token. It is read at each call, so that it can be replaced while the site runs."""
         path = self.PROMPORTS_BEARER_TOKEN_FILE
         if path is None:
             return None
@@ -170,11 +170,13 @@ class Conf:
         except (OSError, ValueError) as error:
             raise unusable("PROMPORTS_BEARER_TOKEN_FILE", path, error) from None
         if not re.fullmatch(r"[\x21-\x7e]+", token):
-            raise unusable("PROMPORTS_BEARER_TOKEN_FILE", path, "it holds no token of printable ASCII characters")
+            raise unusable(
+                "PROMPORTS_BEARER_TOKEN_FILE", path, "it does not contain a token of printable ASCII characters"
+            )
         return token
 
     def server_tls(self) -> ssl.SSLContext | None:
-        """Return the context that the endpoints serve HTTPS with; None for HTTP."""
+        """Return the TLS context of the endpoints; None for HTTP."""
         certfile, cafile = self.PROMPORTS_TLS_CERTFILE, self.PROMPORTS_TLS_CLIENT_CAFILE
         if certfile is None:
             for name in ("PROMPORTS_TLS_KEYFILE", "PROMPORTS_TLS_CLIENT_CAFILE"):
@@ -188,7 +190,7 @@ class Conf:
             raise unusable(f"PROMPORTS_TLS_{name}", self._file(f"PROMPORTS_TLS_{name}"), error) from None
 
     def _read(self, name: str, parse: Callable[[Any], T], default: Callable[[], object]) -> T:
-        """Return a setting as `parse` makes it. `default` is asked only where the setting is not there."""
+        """Return a parsed setting. `default` is called only if the setting is not set."""
         value = getattr(settings, name, MISSING)
         if value is MISSING:
             value = default()
@@ -205,14 +207,14 @@ class Conf:
     def _default_ledger_dir(self) -> Path | None:
         try:
             folder = tempfile.gettempdir()
-        except OSError:  # no_ledger_dir says so
+        except OSError:  # no_ledger_dir has the reason
             return None
         name = re.sub(r"[/\0]", "_", self.project)
         return Path(folder, f"django_promports-{os.geteuid()}-{name}")
 
 
 def show(value: object) -> str:
-    """Return what a person may recognise a value by, whatever it is."""
+    """Return a short repr of any value, even of one whose repr() raises."""
     try:
         text = repr(value)
     except Exception:
@@ -255,7 +257,7 @@ def _parse_path(value: object) -> str | None:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise ValueError("it is not a path")
-    if b"\0" in os.fsencode(path):  # which raises ValueError for what no file system can store
+    if b"\0" in os.fsencode(path):  # raises ValueError for text that no file system can store
         raise ValueError("it contains a null character")
     return path
 

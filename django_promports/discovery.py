@@ -1,4 +1,4 @@
-"""Discovery: this site's targets on this machine, for the endpoint, the site's own views and the commands."""
+"""Discovery: this site's targets and workers on this machine, for the endpoint, the views and the commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find_targets(loop: Loop) -> Steps[bytes]:
 def survey(loop: Loop) -> Steps[Overview]:
     """Ask every port of this machine what it does, for the page."""
     site, ports = conf.site, conf.PROMPORTS_PORT_RANGE
-    # Where there is a token no browser has it, and links would lead nowhere.
+    # If the endpoints require a token, a browser does not have it, and the links would fail.
     guarded = conf.PROMPORTS_BEARER_TOKEN_FILE is not None
     origin = None if guarded else make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
     found = yield from probe.survey(loop, site, conf.local_address, ports)

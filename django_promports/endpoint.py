@@ -1,7 +1,7 @@
-"""The endpoint: an HTTP server in one thread, which serves one process's metrics on its claimed port.
+"""The endpoint: the HTTP server of one process on its claimed port, with its routes, limits and authorization.
 
-Every peer is a conversation of one loop, so a slow, idle or hostile one costs a file descriptor and delays
-nobody. Answers are made one at a time, and each connection carries one request.
+Each connection is a conversation of one loop in one thread, so that a slow, idle or hostile peer costs a file
+descriptor and delays no other. One render of the metrics runs at a time, and each connection carries one request.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ from django_promports.thread import PAUSE_SECONDS, LoopThread
 
 logger = logging.getLogger("django_promports")
 
-# Seconds for TLS handshake and request header together. Prometheus sends both at once; its own limit is 10 s.
+# Seconds for TLS handshake and request header together. Prometheus sends both at once; its scrape timeout is 10 s.
 HEADER_SECONDS = 5.0
-# Seconds for the peer to take the answer. A slow link may carry megabytes, and holds up nobody meanwhile.
+# Seconds for the peer to receive the response. Megabytes over a slow link take that long, and delay no other peer.
 ANSWER_SECONDS = 60.0
-# Seconds for a peer to read the end of an answer before what else it sent makes the kernel reset the connection; and
-# how many bytes of that are read meanwhile.
+# If a connection is closed while input of the peer is unread, the kernel resets it, and the peer may miss the end of
+# the response. So the endpoint keeps reading after a response, for so many seconds and bytes at most.
 LINGER_SECONDS = 1.0
 MAX_LINGER_BYTES = 4 * 1024 * 1024
-# One Prometheus holds one connection for a moment; two of them and a few people fit many times.
+# A Prometheus server holds one connection for a moment. This leaves ample room for two servers and a few browsers.
 MAX_CONNECTIONS = 64
 # Seconds to wait when the process has no file descriptor left for a connection.
 EXHAUSTED_SECONDS = 0.1
-# For a page, the series are counted anew after so many seconds without a scrape; it does not wait for long.
+# The page shows how many series a process has. After COUNT_SECONDS without a scrape they are counted again by rendering
+# the metrics; the response waits for that at most COUNT_PATIENCE_SECONDS.
 COUNT_SECONDS = 15.0
 COUNT_PATIENCE_SECONDS = 1.0
-# How Prometheus asks, so that what is kept of an exposition serves both.
+# The headers of Prometheus, so that this render and a scrape share the cached text.
 ACCEPT, ACCEPT_ENCODING = "application/openmetrics-text;version=1.0.0", "gzip"
-# Bytes of an answer to a probe that are hashed at once.
+# Bytes of a response to a probe that are hashed in one step.
 HASH_BYTES = 512 * 1024
 
 
 class Stage(IntEnum):
-    """What a connection does; at the limit the lowest stage goes first, and of one stage the oldest."""
+    """What a connection is doing. At the limit, the oldest connection of the lowest stage is dropped."""
 
     ENDING = 0
     ASKING = 1
@@ -67,12 +68,11 @@ class Stage(IntEnum):
 class Endpoint:
     """Serves /metrics, /targets and / on a listening socket, from a thread, until stop().
 
-    exposition: what /metrics shows. about: what / says of this process, by name. find_targets, survey: conversations
-    that return the http_sd document of /targets, and what / shows of all processes. activity: what this process did
-    lately.
-    tls: serve HTTPS. read_token: returns the bearer token to require, if any. read_keys: returns the keys of the site,
-    with which its own processes ask instead. host: under which Prometheus reaches it. claimed_at: when (time.monotonic)
-    the port was claimed.
+    exposition: what /metrics shows. about: returns what / shows of this process, by name. find_targets, survey:
+    conversations that return the http_sd document of /targets, and what / shows of all processes. activity: the recent
+    request counts of this process. tls: serve HTTPS with this context. read_token: returns the bearer token to require,
+    if any. read_keys: returns the keys of the site, with which its own processes authenticate instead. host: the host
+    under which Prometheus reaches this endpoint. claimed_at: when (time.monotonic) the port was claimed.
     """
 
     def __init__(
@@ -122,28 +122,28 @@ class Endpoint:
         return loop.spawn(self._accept())
 
     def hold(self, begin: Callable[[], Steps[None]], sock: socket.socket) -> None:
-        """Hold another conversation, on a socket that is closed with the endpoint. Call it before start()."""
+        """Run another conversation too, on a socket that is closed with the endpoint. Call it before start()."""
         self._held.append((begin, sock))
         self._loop.spawn(begin())
 
     def start(self) -> None:
-        """Serve from a thread, from now on or again."""
+        """Start the thread, or start it again after pause()."""
         self._thread.start()
 
     def pause(self, seconds: float = PAUSE_SECONDS) -> None:
-        """Stop the thread between two steps, until start(); wait so long for it. The port stays claimed."""
+        """Stop the thread between two steps until start(), and wait up to `seconds` for it. The port stays claimed."""
         self._thread.pause(seconds)
 
     def stop(self) -> None:
-        """Free the port and end the thread."""
+        """Stop the thread and free the port."""
         self._stopping = True
         self.pause()
         self.abandon()
 
     def abandon(self) -> None:
-        """Close everything: at the end, or in a forked child, what was inherited from a parent that keeps serving."""
+        """Close all descriptors: in stop(), or in a forked child whose parent keeps serving."""
         self._stopping = True
-        self._thread.close()  # first: gevent would put off closing a socket that a selector has
+        self._thread.close()  # first: gevent delays closing a socket that a selector watches
         for _, sock in self._held:
             sock.close()
         self._listener.close()
@@ -152,18 +152,18 @@ class Endpoint:
         while True:
             try:
                 yield self._listener, READ
-                for _ in range(MAX_CONNECTIONS):  # then those that are connected have a turn
+                for _ in range(MAX_CONNECTIONS):  # then the open connections have a turn
                     try:
                         sock, _ = self._listener.accept()
                     except BlockingIOError:
                         break
-                    except ConnectionError:  # it hung up while it was queued
+                    except ConnectionError:  # the peer closed it while it was queued
                         continue
                     if len(self._connections) >= MAX_CONNECTIONS:
                         self._drop_one()
                     connection = self._loop.spawn(self._serve(sock), HEADER_SECONDS, sock)
                     self._connections[connection] = Stage.ASKING
-            except OSError:  # no file descriptor left, or no room to wait for the listener
+            except OSError:  # no file descriptor left, or the selector cannot take the listener
                 if not self._drop_one():
                     yield from self._loop.sleep(EXHAUSTED_SECONDS)
 
@@ -209,7 +209,7 @@ class Endpoint:
             sock.close()
 
     def _answer(self, request: Request, sock: socket.socket) -> Steps[Response]:
-        """Answer who has the token, or a probe of a process of this site, which has its answer signed."""
+        """Answer a request that has the token, or a probe from this site, and sign the response to a probe."""
         probe = None
         try:
             if header := request.header(proof.PROBE):
@@ -217,7 +217,7 @@ class Endpoint:
                 asked = proof.Asked(address, port, request.path, request.header("Host"))
                 age = monotonic() - self._claimed_at
                 probe = proof.check_probe(header, self._read_keys(), asked, host=self._host, age=age)
-            token = self._read_token()  # for a probe too: where it cannot be read, nobody can scrape this process
+            token = self._read_token()  # for a probe too: if the token is unreadable, no scrape succeeds
             authorized = isinstance(probe, proof.Proof) or (
                 token is None or is_authorized(request.header("Authorization"), token)
             )
@@ -231,7 +231,7 @@ class Endpoint:
             if request.route == "/metrics":
                 self._own.failed.inc()
             self._log.error(request.route, "Answering %s failed.", request.route, exc_info=error)
-            response = plain(500, f"{type(error).__name__}; the log of pid {os.getpid()} says more.")
+            response = plain(500, f"{type(error).__name__}; see the log of pid {os.getpid()}.")
         if probe is None:
             return response
         if isinstance(probe, str):
@@ -261,7 +261,7 @@ class Endpoint:
         return response
 
     def _render(self, accept: str, encoding: str, names: tuple[str, ...] = ()) -> Steps[Response]:
-        """Render the metrics, one render at a time; who asks for the same meanwhile shares it."""
+        """Render the metrics, one render at a time. Concurrent requests for the same share one render."""
 
         def render() -> Steps[Response]:
             while self._rendering:
@@ -292,7 +292,7 @@ class Endpoint:
         if "application/json" in request.header("Accept"):
             if request.query == "activity":
                 if monotonic() - self._rendered_at > COUNT_SECONDS:
-                    with suppress(Exception):  # a scrape says what is wrong
+                    with suppress(Exception):  # a scrape reports what is wrong
                         yield from self._loop.gather([self._render(ACCEPT, ACCEPT_ENCODING)], COUNT_PATIENCE_SECONDS)
                 about.update(series=self._exposition.series, activity=self._activity.samples())
             return Response(200, "application/json", json.dumps(about).encode())
@@ -309,7 +309,7 @@ class Endpoint:
 
 
 def _find_origin(host: str, known: str) -> str:
-    """Return scheme and host by which a browser came here, so that links lead it to the other ports the same way."""
+    """Return the scheme and the host that the browser used, so that links reach the other ports by the same host."""
     try:
         name = re.sub(r":\d*$", "", host) if not host.endswith("]") else host
         return make_origin(known.partition(":")[0], check_host(name))

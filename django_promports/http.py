@@ -1,4 +1,7 @@
-"""HTTP as the endpoint speaks it: one request header, one response, then the connection is closed."""
+"""HTTP of the endpoint: parsing a request header and refusing a bad one, the bearer token, and encoding a response.
+
+Each connection carries one request and is closed after the response.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Response(NamedTuple):
 
 
 class Request(BaseHTTPRequestHandler):
-    """A request header, parsed by the standard library; `error` is the response if it cannot be served."""
+    """A request header, parsed by the standard library. `error` is the response if it cannot be served."""
 
     def __init__(self, head: bytes) -> None:
         self.error: Response | None = None
@@ -57,7 +60,7 @@ class Request(BaseHTTPRequestHandler):
     def _parse(self) -> bool:
         try:
             return self.parse_request()
-        except Exception:  # the parser is the one for mail, and raises all kinds of errors for odd header parameters
+        except Exception:  # it is the parser of mail headers, and raises all kinds of errors for odd parameters
             return False
 
     def header(self, name: str) -> str:
@@ -76,7 +79,7 @@ def plain(status: int, text: str, *headers: tuple[str, str]) -> Response:
 
 
 def receive_head(sock: socket.socket) -> Steps[bytes]:
-    """Return what the peer sent up to the empty line, or past the limit; nothing if it closed the connection before."""
+    """Return what the peer sent up to the empty line, or until past the limit; empty if it closed the connection."""
     head = bytearray()
     while not (end := HEADER_END.search(head)) and len(head) <= MAX_HEADER_BYTES:
         chunk = yield from receive(sock)

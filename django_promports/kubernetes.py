@@ -1,4 +1,4 @@
-"""Kubernetes: what the port range means there, as named container ports and a PodMonitor.
+"""Kubernetes: the port range as named ports of a container, and the PodMonitor that scrapes them.
 
 https://prometheus-operator.dev/docs/api-reference/api/#monitoring.coreos.com/v1.PodMonitor
 """
@@ -15,13 +15,14 @@ def dump_kubernetes(
 ) -> Iterator[bytes]:
     """Yield the named ports of the container, and a PodMonitor that scrapes each of them in every pod of this name.
 
-    labels: of every target. worker: label each with its place in the range. secret: send the token that is in a secret.
+    labels: of every target. worker: add a `worker` label, the index of the port in the range. secret: send the bearer
+    token, which is in a Kubernetes secret.
     """
 
     def lines() -> Iterator[str]:
-        yield "# Into the container, in the template of the pods:\nports:\n"
+        yield "# Add this to the container in the pod template:\nports:\n"
         yield from (f"  - {{name: metrics-{port}, containerPort: {port}}}\n" for port in ports)
-        yield "---\n# Beside it; the selector is that of your pods.\n"
+        yield "---\n# Apply this; its selector must match your pods.\n"
         yield "apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\n"
         yield f"metadata:\n  name: {quote(name)}\nspec:\n"
         yield f"  selector:\n    matchLabels:\n      app.kubernetes.io/name: {quote(name)}\n  podMetricsEndpoints:\n"
@@ -32,7 +33,7 @@ def dump_kubernetes(
             if targeted := {**labels, **({"worker": str(place)} if worker else {})}:
                 yield "      relabelings:\n"
             for label, value in targeted.items():
-                replacement = quote(value.replace("$", "$$"))  # a single one begins a reference
+                replacement = quote(value.replace("$", "$$"))  # a single $ starts a reference to a group
                 yield f"        - {{targetLabel: {quote(label)}, replacement: {replacement}}}\n"
 
     return (line.encode() for line in lines())

@@ -1,4 +1,4 @@
-"""Log lines that a peer or a loop can cause: one of a kind per minute, with the number of those left out."""
+"""Rate-limited logging of what a peer or a loop can cause: one line of a kind per minute, with the number left out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LIMIT_SECONDS = 60.0
 
 
 class LimitedLog:
-    """Logs errors, at most one of a kind per minute. Kinds are few: none is made of what a peer sends."""
+    """Logs errors, at most one of a kind per minute. Kinds are few: none is derived from what a peer sends."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Hashable, tuple[float, int]] = {}  # when one was logged last, and how many were not since
+        self._kinds: dict[Hashable, tuple[float, int]] = {}  # time of the last line, and how many were left out since
 
     def error(self, kind: Hashable, message: str, *args: object, exc_info: BaseException | None = None) -> None:
         now = monotonic()

@@ -1,7 +1,11 @@
-"""Many sockets, one thread: a conversation is a generator that yields what it waits for.
+"""The event loop: many sockets in one thread. A conversation is a generator that yields what it waits for.
 
-No socket ever blocks, so that no peer can hold up another; only the selector waits. That makes the same code
-right in a thread, under gevent (where the selector yields to the hub) and in a command.
+No socket blocks, so that no peer can delay another; only the selector waits. So the same code works in a thread, under
+gevent (where the selector yields to the hub) and in a command.
+
+It is not asyncio, for two reasons. Under gevent all greenlets share one OS thread: while an asyncio loop runs in it,
+every ORM call of the site raises SynchronousOnlyOperation. And workers fork: a forked child that closes an asyncio loop
+it inherited stops the parent's accepts, because it deregisters the parent's sockets from the epoll that both share.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 NEXT_TURN: Wait = object()
 CHUNK = 65536
-# Seconds of a rest in give_way(). Letting go of the interpreter and asking for it at once gets it back before another
-# thread has woken up, so it takes a real wait; this is the shortest that epoll knows.
+# Seconds to wait in give_way(). A thread that releases the GIL and requests it at once gets it back before another
+# thread has woken up, so a real wait is needed. This is the shortest that epoll supports.
 REST_SECONDS = 0.001
 
 
@@ -39,9 +43,9 @@ class Dropped(Exception):
 
 
 class Conversation:
-    """A generator on its way, the socket that is closed with it, and when (time.monotonic) it is dropped.
+    """A generator in progress, the socket that is closed with it, and when (time.monotonic) it is dropped.
 
-    Once is_over it has a result or an error, for those who join it.
+    Once it is_over it has a result or an error, for the conversations that join it.
     """
 
     __slots__ = (
@@ -61,8 +65,8 @@ class Conversation:
         self.steps = steps
         self.socket = sock
         self.waiting_on: int | None = None
-        self.thrown: BaseException | None = None  # into its next step: what it waits for cannot be waited for
-        self.is_expected = False  # somebody will join it, though perhaps not before it ends
+        self.thrown: BaseException | None = None  # raised in its next step: the selector refused its socket
+        self.is_expected = False  # it will be joined, perhaps only after its end
         self.joiners: list[Conversation] = []
         self.is_over = False
         self.result: Any = None
@@ -82,28 +86,27 @@ class Conversation:
         try:
             if not cast(
                 "GeneratorType[Any, Any, Any]", self.steps
-            ).gi_running:  # a step may fork, and its child closes what it inherited
+            ).gi_running:  # a step may fork, and the child closes what it inherited
                 self.steps.close()
         finally:
-            if self.socket is not None:  # a generator that has not begun has no `finally` yet
+            if self.socket is not None:  # a generator that has not started runs no `finally`
                 self.socket.close()
 
 
 class Loop:
     """Advances conversations, one step at a time.
 
-    What goes wrong in one of them ends that one: whoever joined it has the error, and where nobody did it is logged.
-    Between two turns no conversation is inside a lock or in the middle of a step, and the next turn may be taken by
-    another thread.
+    An error in a conversation ends only that one. It is raised in those that joined it, and logged if none did. Between
+    two turns no conversation holds a lock or is inside a step, so another thread may take the next turn.
     """
 
     def __init__(self, log: LimitedLog | None = None) -> None:
         self._log = log or LimitedLog()
         self._conversations: dict[Conversation, None] = {}  # oldest first
-        # A conversation is here, in _resting, in _sleeping, among the joiners of one other, or has a socket to wait on.
+        # A waiting conversation is in one place: here, _resting, _sleeping, the joiners of another, or the selector.
         self._due: deque[Conversation] = deque()
         self._resting: list[Conversation] = []
-        self._sleeping: dict[Conversation, float] = {}  # and when (time.monotonic) each goes on
+        self._sleeping: dict[Conversation, float] = {}  # and when (time.monotonic) each continues
         self._shared: dict[Hashable, Conversation] = {}
         self._current: Conversation | None = None
         self._selector = selectors.DefaultSelector()
@@ -113,14 +116,14 @@ class Loop:
         self._selector.register(self._wakee, READ, None)
 
     def spawn(self, steps: Steps[Any], seconds: float | None = None, sock: socket.socket | None = None) -> Conversation:
-        """Begin a conversation; it is dropped after that many seconds, and the socket closed if it is."""
+        """Start a conversation, and drop it after so many seconds. The socket is closed if it is dropped or fails."""
         conversation = Conversation(steps, seconds, sock)
         self._conversations[conversation] = None
         self._due.append(conversation)
         return conversation
 
     def drop(self, conversation: Conversation) -> None:
-        """End a conversation where it stands, unless it is over; its generator cleans up in `finally`."""
+        """End a conversation at its current step, unless it is over; its generator cleans up in `finally`."""
         self._forget(conversation)
         self._end(conversation, error=Dropped())
 
@@ -130,27 +133,27 @@ class Loop:
         return self._current
 
     def give_way(self) -> Steps[None]:
-        """Let everybody else have the interpreter for a moment, the site's threads included."""
+        """Release the GIL for a moment, to the threads of the site and to the other conversations."""
         self._resting.append(self.current())
         yield None
 
     def sleep(self, seconds: float) -> Steps[None]:
-        """Go on after so many seconds, or as soon as a turn comes after that."""
+        """Continue at the first turn after so many seconds."""
         self._sleeping[self.current()] = time.monotonic() + seconds
         yield None
 
     def join(self, conversation: Conversation) -> Steps[Any]:
-        """Wait until a conversation is over and return its result. Raises its error, Dropped if it was dropped."""
+        """Wait until a conversation is over and return its result. Raises its error, or Dropped."""
         if not conversation.is_over:
             conversation.joiners.append(self.current())
             yield None
         return conversation.outcome()
 
     def share(self, key: Hashable, begin: Callable[[], Steps[T]]) -> Steps[T]:
-        """Hold a conversation and return its result; all who ask for the same key meanwhile have that result too."""
+        """Run a conversation and return its result; concurrent calls with the same key share it (single flight)."""
         shared = self._shared.get(key)
         if shared is None or shared.is_over:
-            # On its own, so that it goes on if who asked first hangs up.
+            # A conversation of its own, so that it continues if the first caller is dropped.
             shared = self._shared[key] = self.spawn(self._keep_shared(key, begin()))
         return cast("T", (yield from self.join(shared)))
 
@@ -161,9 +164,9 @@ class Loop:
             del self._shared[key]
 
     def gather(self, many: Iterable[Steps[T]], seconds: float, at_once: int = 64) -> Steps[list[T | None]]:
-        """Hold many conversations, so many at once, and return their results in order: None where one was dropped.
+        """Run many conversations, `at_once` of them at a time, and return their results in order.
 
-        Raises the error of the first that fails.
+        One that takes longer than `seconds` is dropped; its result is None. Raises the error of the first that fails.
         """
         results: list[T | None] = []
         remaining = iter(many)
@@ -181,7 +184,7 @@ class Loop:
         return results
 
     def complete(self, steps: Steps[T]) -> T:
-        """Run until this conversation is over and return its result, or raise its error."""
+        """Take turns until this conversation is over; return its result or raise its error."""
         conversation = self._spawn_expected(steps)
         while not conversation.is_over:
             self.turn()
@@ -193,7 +196,7 @@ class Loop:
         return conversation
 
     def turn(self) -> None:
-        """Wait until a conversation can go on or a deadline passes, and advance what can, each by one step."""
+        """Wait until a conversation can continue or a deadline passes, then advance each that can by one step."""
         if self._resting:
             timeout: float | None = REST_SECONDS
         else:
@@ -209,7 +212,7 @@ class Loop:
                 self._due.append(key.data)
         self._drop_late()
         self._wake_sleepers()
-        for _ in range(len(self._due)):  # who is due again after its step lets the others have their turn
+        for _ in range(len(self._due)):  # one that is due again after its step waits for the next turn
             conversation = self._due.popleft()
             if not conversation.is_over:
                 self._advance(conversation)
@@ -258,7 +261,7 @@ class Loop:
             fileno = sock.fileno()
             self._selector.register(fileno, events, conversation)
             conversation.waiting_on = fileno
-        except Exception as error:  # the kernel has no room for another one, say
+        except Exception as error:  # the kernel has no room for another one, for example
             conversation.thrown = error
             self._due.append(conversation)
 
@@ -280,10 +283,10 @@ class Loop:
             error = failure
         if not (joiners or conversation.is_expected or isinstance(error, Dropped | GeneratorExit)):
             kind = type(error), getattr(conversation.steps, "__qualname__", "")
-            self._log.error(kind, "%s failed; the rest of the metrics endpoint goes on.", kind[1], exc_info=error)
+            self._log.error(kind, "%s failed; the rest of the metrics endpoint continues.", kind[1], exc_info=error)
 
     def _forget(self, conversation: Conversation) -> None:
-        # Before the descriptor is closed: gevent's selector insists, and the kernel may hand out the number again.
+        # Before the descriptor is closed: gevent's selector requires that, and the kernel may reuse the number.
         if conversation.waiting_on is not None:
             self._selector.unregister(conversation.waiting_on)
             conversation.waiting_on = None
@@ -312,12 +315,12 @@ class Loop:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Return whether it is Ctrl-C, which is for the process: the main thread has it, or a greenlet of that thread."""
+    """Return whether the error is Ctrl-C, which must end the process: in the main thread, or in a greenlet of it."""
     return isinstance(error, KeyboardInterrupt) and threading.main_thread().native_id == threading.get_native_id()
 
 
 def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Steps[T]:
-    """Repeat a non-blocking operation until it does not have to wait."""
+    """Repeat a non-blocking operation until it does not have to wait any more."""
     while True:
         try:
             return operation()
@@ -330,20 +333,20 @@ def attempt(sock: socket.socket, operation: Callable[[], T], events: int) -> Ste
 
 
 def receive(sock: socket.socket) -> Steps[bytes]:
-    """Return what arrives next, a chunk at most; empty at the end of the stream.
+    """Return the next bytes, a chunk at most; empty at the end of the stream.
 
-    It waits first, so that a peer that sends without end lets everybody else have a turn after each chunk.
+    It waits first, so that a peer that never stops sending leaves the others a turn after each chunk.
     """
-    # What OpenSSL has decrypted already is not seen by the selector.
+    # The selector does not see what OpenSSL has already decrypted.
     yield NEXT_TURN if isinstance(sock, ssl.SSLSocket) and sock.pending() else (sock, READ)
     try:
         return (yield from attempt(sock, lambda: sock.recv(CHUNK), READ))
-    except ssl.SSLError:  # cut off without TLS' own goodbye
+    except ssl.SSLError:  # closed without a TLS close_notify alert
         return b""
 
 
 def send_all(sock: socket.socket, data: bytes) -> Steps[None]:
-    """Send all of it, a chunk in each turn."""
+    """Send all of the data, a chunk in each turn."""
     rest = memoryview(data)
     while rest:
         sent = yield from attempt(sock, lambda: sock.send(rest[:CHUNK]), WRITE)  # noqa: B023

@@ -1,7 +1,7 @@
-"""The metrics of the package itself.
+"""The package's own metrics, promports_*.
 
-They are made when the process first serves, never at import: with PROMETHEUS_MULTIPROC_DIR set, prometheus_client opens
-a file for each metric that is made, and where it cannot, the site would not start. The checks forbid to serve then.
+They are created when the process first serves, never at import: with PROMETHEUS_MULTIPROC_DIR set, prometheus_client
+opens a file for each new metric, and if that failed, the site would not start. With it set, a check forbids serving.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OwnMetrics(NamedTuple):
 
 @cache
 def own_metrics() -> OwnMetrics:
-    """Return the metrics of this process, in prometheus_client's default registry; made at the first call."""
+    """Return the metrics of this process, in prometheus_client's default registry, created at the first call."""
     scrapes = Counter(
         "promports_scrapes_total",
         "Scrapes of this process: served, failed (an error while answering), refused (malformed, unauthorized, too "

@@ -1,4 +1,4 @@
-"""Ports: which ones may be claimed, and claiming the lowest free one.
+"""Ports: parsing the port range, checking the address, and claiming the lowest free port.
 
 A process holds a port while its listening socket is bound to it. The kernel arbitrates, and frees
 the port when the process ends, however it ends.
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Prometheus closes its connection after a scrape that it gave up, and others ask too: a short queue is enough.
+# Prometheus closes the connection of a scrape that timed out, and there are few other clients: a short queue is enough.
 BACKLOG = 128
 LISTEN_ATTEMPTS = 3
-# linux/in.h; not in Python's socket module. Binding checks the address but takes no port until connect().
+# linux/in.h; not in Python's socket module. bind() then checks the address, but takes no port until connect().
 IP_BIND_ADDRESS_NO_PORT = 24
 
 
@@ -26,7 +26,7 @@ class RangeFull(Exception):
 
 
 class Claim(NamedTuple):
-    """A claimed port: it is held for as long as the socket is open."""
+    """A claimed port, held for as long as its socket is open."""
 
     port: int
     listener: socket.socket
@@ -35,7 +35,7 @@ class Claim(NamedTuple):
 def parse_ports(value: object) -> tuple[int, ...]:
     """Return the ports of a `range`, a sequence of ports or "19100-19131" (both ends included), lowest first.
 
-    Raises ValueError with a sentence on what is wrong.
+    Raises ValueError that says what is wrong.
     """
     ports: Sequence[object]
     if isinstance(value, str):
@@ -49,13 +49,13 @@ def parse_ports(value: object) -> tuple[int, ...]:
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         ports = value
     else:
-        raise ValueError('it is no range; write range(19100, 19132) or "19100-19131"')
+        raise ValueError('it is not a range; write range(19100, 19132) or "19100-19131"')
     if not ports:
         reversed_range = isinstance(ports, range) and ports.start > ports.stop
-        raise ValueError("it is reversed" if reversed_range else "it holds no port")
+        raise ValueError("it is reversed" if reversed_range else "it is empty")
     for port in (ports[0], ports[-1]) if isinstance(ports, range) else ports:
         if not isinstance(port, int) or isinstance(port, bool):
-            raise ValueError(f"{port!r} is no port number")
+            raise ValueError(f"{port!r} is not a port number")
         if not 1 <= port <= 65535:
             raise ValueError(f"{port} is outside 1..65535")
     numbers = sorted(port for port in ports if isinstance(port, int))
@@ -65,22 +65,22 @@ def parse_ports(value: object) -> tuple[int, ...]:
 
 
 def format_ports(ports: Sequence[int]) -> str:
-    """Return the ports as a person writes them: 19100-19131 where they are contiguous."""
+    """Return the ports as text: "19100-19131" if they are contiguous, else with commas."""
     if len(ports) > 1 and ports[-1] - ports[0] == len(ports) - 1:
         return f"{ports[0]}-{ports[-1]}"
     return ",".join(map(str, ports))
 
 
 def resolve(address: str, port: int = 0) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Return family and socket address of an IP address literal, without asking a name server.
+    """Return family and socket address of an IP address literal, without a DNS query.
 
-    Raises ValueError if it is none.
+    Raises ValueError if it is not an IP address.
     """
     try:
         ipaddress.ip_address(address)
         info = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except (ValueError, OSError):
-        raise ValueError(f"{address!r} is no IP address") from None
+        raise ValueError(f"{address!r} is not an IP address") from None
     return info[0][0], info[0][4]
 
 
@@ -96,8 +96,8 @@ def check_address(address: str) -> None:
 def claim(address: str, ports: Sequence[int]) -> Claim:
     """Bind and listen on the lowest free port.
 
-    Raises RangeFull if there is none, ValueError if the address is no IP address, and OSError for
-    everything that another port would not cure (an address that is not this machine's, a privileged port).
+    Raises RangeFull if there is none, ValueError if the address is not an IP address, and OSError for
+    every error that another port would not avoid (an address of another machine, a privileged port).
     """
     for port in ports:
         listener = _listen(*resolve(address, port))
@@ -107,7 +107,7 @@ def claim(address: str, ports: Sequence[int]) -> Claim:
 
 
 def _listen(family: socket.AddressFamily, target: tuple[Any, ...]) -> socket.socket | None:
-    """Return a socket that listens; None if the port is taken."""
+    """Return a listening socket; None if the port is taken."""
     for _ in range(LISTEN_ATTEMPTS):
         listener = socket.socket(family, socket.SOCK_STREAM)
         bound = False
@@ -128,5 +128,5 @@ def _listen(family: socket.AddressFamily, target: tuple[Any, ...]) -> socket.soc
                 raise
             if not bound:
                 return None
-            # Linux lets two SO_REUSEADDR sockets bind one port while neither listens, and then may refuse both.
+            # Linux lets two SO_REUSEADDR sockets bind one port while neither listens; listen() may then fail for both.
     return None

@@ -1,7 +1,8 @@
-"""Presence: signs by which processes of one machine find each other, without a file and without asking a port.
+"""Presence: which processes of this machine wait for a port, and asking a supervisor to step down from its port.
 
-A sign is an abstract unix socket. Like a port it belongs to the network namespace and ends with its process. Only Linux
-has them; elsewhere no process is seen to wait, and no supervisor that spawns its workers is relieved of its port.
+Both use abstract unix sockets, without files and without requests to a port. Like a port, such a socket belongs to the
+network namespace and ends with its process. Only Linux has them. Elsewhere no process is counted as waiting, and a
+supervisor that spawns its workers keeps its port.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 
 def announce_waiting(ports: Sequence[int]) -> socket.socket | None:
-    """Make this process count as waiting for one of the ports until the returned socket is closed. Linux only."""
+    """Count this process as waiting for one of the ports until the returned socket is closed. Linux only."""
     return _bind_sign(socket.SOCK_DGRAM, f"\0{_waiting_name(ports)}{os.getpid()}")
 
 
@@ -31,9 +32,9 @@ def count_waiting(ports: Sequence[int]) -> int:
 
 
 def open_step_down(key: bytes) -> socket.socket | None:
-    """Listen for a child of this process that asks it to free its port: relieve_parent(). Linux only.
+    """Open the step-down socket, where a child asks this process to free its port: relieve_parent(). Linux only.
 
-    The name can be computed only with the key of the site, so no other user can bind it first.
+    Its name is derived from a key of the site, so no other user can bind it first.
     """
     name = _step_down_name(key, os.getpid())
     return _bind_sign(socket.SOCK_STREAM, name) if name else None
@@ -42,21 +43,21 @@ def open_step_down(key: bytes) -> socket.socket | None:
 def is_child(peer: socket.socket) -> bool:
     """Return whether the process that connected to the step-down socket is a child of this one."""
     try:
-        # The parent's pid is the second field behind the name.
+        # The parent's pid is the second field after the name.
         return int(_read_stat(_peer(peer)[0])[1]) == os.getpid()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return False
 
 
 def relieve_parent(key: bytes, seconds: float) -> None:
-    """Ask the parent to free its port, if it listens for that, and wait until it has."""
+    """Ask the parent to free its port, if it has a step-down socket, and wait up to `seconds` until it has done so."""
     parent = os.getppid()
     name = _step_down_name(key, parent)
     if not name:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
-            sock.setblocking(False)  # only the parent may keep this process waiting
+            sock.setblocking(False)  # only a verified parent may make this process wait
             sock.connect(name)
             pid, user = _peer(sock)
             if pid == parent and user in (0, os.geteuid()):
@@ -67,14 +68,14 @@ def relieve_parent(key: bytes, seconds: float) -> None:
 
 
 def _peer(sock: socket.socket) -> tuple[int, int]:
-    """Return pid and user of the process at the other end: the one that connected, or that began to listen."""
+    """Return pid and user of the process at the other end: the one that connected, or that called listen()."""
     # man 7 unix: struct ucred.
     pid, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, user
 
 
 def _read_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat behind the name, which may have parentheses in it (man 5 proc)."""
+    """Return the fields of /proc/<pid>/stat after the name, which may contain parentheses (man 5 proc)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -82,8 +83,8 @@ def _step_down_name(key: bytes, pid: int) -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        began = _read_stat(pid)[19]  # in clock ticks after the boot
-    except OSError:  # of another pid namespace, or hidden
+        began = _read_stat(pid)[19]  # in clock ticks since boot
+    except OSError:  # it is in another pid namespace, or /proc hides it
         return None
     return f"\0django_promports/step-down/{hmac.new(key, f'step-down {pid} {began}'.encode(), 'sha256').hexdigest()}"
 
@@ -97,14 +98,14 @@ def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:
         sign.bind(name)
         if kind == socket.SOCK_STREAM:
             sign.listen()
-    except OSError:  # this process has it already
+    except OSError:  # this process has already bound it
         sign.close()
         return None
     return sign
 
 
 def format_waiting(count: int) -> str:
-    """Return the sentence that says how many processes wait."""
+    """Return a clause on how many processes wait for a port."""
     if count == 1:
         return "1 process waits for a port and is not metered"
     return f"{count} processes wait for a port and are not metered"

@@ -1,7 +1,7 @@
-"""Probing: asking ports what they do, over HTTP.
+"""Probing: asking ports over HTTP whether a worker of this site is there, and what it does.
 
-What a port answers is not trusted: any program may have it. Only an endpoint that proves to be of this site is live,
-and of what it says only what makes sense is kept.
+An answer is not trusted: any program may hold the port. Only an endpoint that proves to belong to this site is live,
+and of its answer only plausible values are kept.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from django_promports.ports import resolve
 from django_promports.targets import format_target
 
 APPLICATION = "django_promports"
-# Seconds for one port to answer: a worker's endpoint takes milliseconds, seconds where the machine is overloaded.
+# Seconds for one port to answer: a worker's endpoint takes milliseconds, or seconds on an overloaded machine.
 ASK_SECONDS = 3.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# What a worker says of itself is a few kB; more is another program's.
+# A worker describes itself in a few kB; more comes from another program.
 MAX_ABOUT_BYTES = 1024 * 1024
-# Of what another program says no more than this is kept or shown.
+# Limits on what is kept or shown of an answer, which may come from another program.
 MAX_SAMPLES = 4 * int(KEPT_SECONDS / SAMPLE_SECONDS)
 MAX_TEXT = 200
 MAX_NUMBER = 1e15
 
 
 class State(str, Enum):
-    """What a port does: a worker of this site answers, nobody listens, no answer comes in time, or something else."""
+    """What a port does: a worker of this site answers, nothing listens, no answer comes in time, or something else."""
 
     LIVE = "live"
     FREE = "free"
     SILENT = "silent"
     OTHER = "other"
 
-    # As the text that it is, in every version of Python: https://docs.python.org/3/library/enum.html#enum.StrEnum
+    # Formatted as its value in every version of Python: https://docs.python.org/3/library/enum.html#enum.StrEnum
     __str__ = str.__str__
     __format__ = str.__format__  # type: ignore[assignment]
 
 
 class Answer(NamedTuple):
-    """What a port said. about: the JSON of /. seconds: how long it took. reason: why it is silent or other."""
+    """What a port answered. about: the JSON of /. seconds: how long it took. reason: why it is silent or other."""
 
     state: State
     about: Mapping[str, Any] = {}
@@ -59,10 +59,10 @@ class Answer(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What was found at a target. What it says nothing credible about is None or empty.
+    """What was found at a target. A value without a credible answer is None or empty.
 
-    reason: why Prometheus would not get its metrics; empty where it would, and where no process is. series,
-    scrape_seconds: of a scrape of /metrics. samples: its activity, as activity.Activity keeps it.
+    reason: why a scrape by Prometheus would fail; empty if it would not, or if nothing listens. series, scrape_seconds:
+    of a scrape of /metrics. samples: its activity, as activity.Activity keeps it.
     """
 
     host: str
@@ -78,7 +78,7 @@ class Seen(NamedTuple):
 
 
 class Site(NamedTuple):
-    """How the endpoints of one site are reached and known. Without keys any endpoint that says so is believed."""
+    """How the endpoints of one site are reached and recognised. Without keys, any endpoint of that name is believed."""
 
     project: str
     tls: ssl.SSLContext | None = None
@@ -92,13 +92,13 @@ def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: st
 
 
 def survey(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
-    """Ask each port of this machine what it does and did lately. No port is scraped for that."""
+    """Ask each port of this machine for its state and its recent activity, without a scrape."""
     answers = yield from ask_all(loop, site, [(address, port) for port in ports], "/?activity")
     return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
 
 
 def inspect(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Steps[list[Seen]]:
-    """Ask hosts at their ports what they do, and scrape those that are live."""
+    """Ask each port of each host for its state, and scrape those that are live."""
 
     def visit(host: str, port: int) -> Steps[Seen]:
         try:
@@ -124,7 +124,7 @@ def inspect(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Ste
 
 
 def read(host: str, port: int, answer: Answer) -> Seen:
-    """Return what a port said, as far as it makes sense."""
+    """Return the plausible values of an answer."""
     about = answer.about
     command = about.get("command")
     return Seen(
@@ -143,10 +143,10 @@ def read(host: str, port: int, answer: Answer) -> Seen:
 def find_live(
     loop: Loop, site: Site, targets: Mapping[str, Sequence[int]], known: Mapping[str, Sequence[int]] = {}
 ) -> Steps[dict[str, list[int]]]:
-    """Ask hosts at their ports and return the ports at which a worker of this site answers, by host.
+    """Ask each port of each host, and return the ports at which a worker of this site answers, by host.
 
-    known: where workers were live before. One that is silent now counts: it is overloaded or hangs, which Prometheus
-    shall see. Raises ValueError if a host has no address.
+    known: where workers were live before. One that is silent now still counts: it is overloaded or hangs, and
+    Prometheus must see that. Raises ValueError if a host has no address.
     """
     asked = [(host, port) for host, numbers in targets.items() for port in numbers]
     answers = yield from ask_all(loop, site, asked)
@@ -158,7 +158,7 @@ def find_live(
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
-    """Ask a port for a path; only an endpoint that proves to be of this site is `live`.
+    """Ask a port for a path; only an endpoint that proves to belong to this site is `live`.
 
     Raises ValueError if the host has no address.
     """
@@ -211,7 +211,7 @@ def _fetch(site: Site, host: str, port: int, path: str, limit: int) -> Steps[tup
         if site.tls:
             sock = tls = site.tls.wrap_socket(sock, do_handshake_on_connect=False)
             yield from attempt(tls, tls.do_handshake, WRITE)
-        # No token: any program may have the port, and nothing is known of it before it has answered.
+        # Without the token: any program may hold the port, and nothing is known of it before it has answered.
         lines = [f"GET {path} HTTP/1.1", f"Host: {target}", "Accept: application/json"]
         if site.keys:
             lines.append(f"{proof.PROBE}: {probe.header}")
@@ -258,7 +258,7 @@ def _silent() -> Answer:
 
 
 def _number(value: Any) -> float | None:
-    # The comparison says no to NaN, and to whole numbers that no float holds.
+    # The comparison is false for NaN, and for integers that are too large for a float.
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER:
         return float(value)
     return None
@@ -269,7 +269,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _read_samples(value: Any) -> list[Sample]:
-    """Return the samples of an answer; none if anything about them is odd."""
+    """Return the samples of an answer; none of them if one is malformed."""
     if not isinstance(value, list) or len(value) > MAX_SAMPLES:
         return []
     samples: list[Sample] = []

@@ -1,8 +1,8 @@
-"""How processes prove that they are of one site: what a probe carries in place of a token, and what its answer carries.
+"""Proof: how a probe and its answer prove to come from processes of one site, without sending the bearer token.
 
-A probe has a MAC for each key of the site, over whom it asks (the address and port that were dialled, path and Host),
-when, and a nonce; whoever records it can use it nowhere else, and not for long. The answer has one over the nonce, the
-port, the path, the status and the body, so that nobody else's answer is believed.
+A probe carries a MAC for each key of the site, over what it asks (the address and port that were dialled, path and
+Host), the time and a nonce, so that a recorded probe cannot be used elsewhere, nor for long. Its answer carries a MAC
+over the nonce, the port, the path, the status and the body, so that no other program's answer is believed.
 
     Promports-Probe: 1 <unix time> <nonce> <dialled address> <mac>[,<mac>...]
     Promports-Answer: 1 <mac>    or    Promports-Answer: refused <reason>
@@ -21,26 +21,26 @@ from typing import NamedTuple
 
 PROBE, ANSWER = "Promports-Probe", "Promports-Answer"
 VERSION = "1"
-# Seconds for which a probe is good: the clocks of a fleet may be that far apart.
+# Seconds for which a probe is valid: the clocks of a fleet may be that far apart.
 MAX_AGE_SECONDS = 60.0
 
 UNSIGNED = (
-    "its answer proves nothing: an older version of django_promports has the port, or another program that pretends to "
-    "be one"
+    "its answer has no known signature: an older version of django_promports has the port, or another program that "
+    "pretends to be one"
 )
 FORGED = "its answer is signed with a key that this site does not have: another program has the port"
-# What an endpoint says of a probe that it does not accept, and what a person reads then.
+# Why an endpoint refuses a probe: the word in its answer, and the reason that is shown.
 REFUSALS = {
     "key": "it has none of our keys: it belongs to another site, or to one with another PROMPORTS_LEDGER_DIR, token or "
     "SECRET_KEY",
-    "time": f"our question is from before it had the port, or its clock and ours are more than {MAX_AGE_SECONDS:g} s "
-    "apart: set them",
-    "address": "we reach it under another address than it has: set its PROMPORTS_TARGET_HOST to the one that we ask",
+    "time": f"our probe is older than its claim of the port, or its clock and ours are more than {MAX_AGE_SECONDS:g} s "
+    "apart: synchronise them",
+    "address": "we reach it at an address that it does not have: set its PROMPORTS_TARGET_HOST to the host that we ask",
 }
 
 
 class Asked(NamedTuple):
-    """Whom a probe asks for what: an IP address and a port, the path with its query, and the text of Host."""
+    """What a probe asks, and where: IP address and port, the path with its query, and the Host header."""
 
     address: str
     port: int
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A probe that was sent, with what its answer is checked against."""
+    """A probe, with what its answer is checked against."""
 
     asked: Asked
     keys: Sequence[bytes]
@@ -58,7 +58,7 @@ class Probe(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """That a probe comes from a process of this site: the key that it shares with us, and what it asked."""
+    """The proof that a probe comes from a process of this site: the shared key, and what was asked."""
 
     asked: Asked
     key: bytes
@@ -66,7 +66,7 @@ class Proof(NamedTuple):
 
 
 def make_probe(keys: Sequence[bytes], asked: Asked) -> Probe:
-    """Return what proves a question to be one of this site's."""
+    """Return a probe that proves to come from this site."""
     nonce, at = secrets.token_hex(16), f"{time.time():.6f}"
     address = _normalize(asked.address)
     macs = [_sign_probe(key, at, nonce, address, asked) for key in keys]
@@ -74,11 +74,12 @@ def make_probe(keys: Sequence[bytes], asked: Asked) -> Probe:
 
 
 def check_probe(header: str, keys: Iterable[bytes], asked: Asked, *, host: str, age: float) -> Proof | str:
-    """Return the proof in a probe, or the reason why it is none, which is a key of REFUSALS.
+    """Return the proof in a probe, or the reason why it is refused, which is a key of REFUSALS.
 
-    asked: what the endpoint itself knows of the question: the address and port at which it arrived, and so on. host:
-    under which the endpoint is known; then the address may be that of a machine which forwards connections to this
-    one. age: of the endpoint, in seconds: an older probe may have been recorded by who had the port before.
+    asked: what the endpoint itself knows of the request: the address and port at which it arrived, path and Host. host:
+    under which the endpoint is known. If Host names it, the dialled address may belong to a machine that forwards
+    connections to this one. age: of the claim, in seconds. An older probe may have been recorded by a previous holder
+    of the port.
     """
     match = re.fullmatch(rf"{VERSION} (\d{{1,12}}\.\d{{6}}) ([0-9a-f]{{32}}) ([0-9a-fA-F.:]+) ([0-9a-f,]+)", header)
     if not match:
@@ -99,12 +100,12 @@ def check_probe(header: str, keys: Iterable[bytes], asked: Asked, *, host: str, 
 
 
 def sign_answer(proof: Proof, status: int, digest: bytes) -> str:
-    """Return what proves an answer to be this site's. digest: SHA-256 of its body."""
+    """Return the header value that proves that an answer comes from this site. digest: SHA-256 of its body."""
     return f"{VERSION} {_sign_answer(proof.key, proof.nonce, proof.asked, status, digest)}"
 
 
 def check_answer(probe: Probe, header: str, status: int, body: bytes) -> str:
-    """Return why an answer is not believed; nothing if it is, or if this site has no key to know its own by."""
+    """Return why an answer is not believed; empty if it is, or if this site has no key to check it with."""
     if not probe.keys:
         return ""
     version, _, mac = header.partition(" ")
@@ -127,18 +128,18 @@ def _sign_answer(key: bytes, nonce: str, asked: Asked, status: int, digest: byte
 
 
 def _sign(key: bytes, *fields: object) -> str:
-    # No field has a line break in it: they are words of a header or of our own.
+    # No field contains a line break: each is a word of a header, or one of ours.
     return hmac.new(key, "\n".join([f"django_promports {VERSION}", *map(str, fields)]).encode(), "sha256").hexdigest()
 
 
 def _normalize(address: str) -> str:
-    """Return an IP address in one form: the one of a socket for both families may be an IPv4 address in disguise."""
+    """Return an IP address in canonical form: a socket for both families has IPv4 addresses mapped to IPv6."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 def _is_forwarded(address: str) -> bool:
-    """Whether an address may be one that forwards to this machine; what another user has on loopback must not count."""
+    """Whether a machine that forwards to this one may have the address. Not loopback: another user may listen there."""
     try:
         return not ipaddress.ip_address(address).is_loopback
     except ValueError:

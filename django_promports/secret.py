@@ -1,7 +1,7 @@
-"""The site secret: random bytes that the processes of one site share through their ledger folder, and nobody else has.
+"""The site secret: random bytes in the ledger folder, shared by the processes of one site and by nobody else.
 
-With it they prove to each other that they belong together: a probe and its answer (proof), a supervisor and the child
-that relieves it of its port (ports). Later: who waits for a port, and who hands one over.
+With it they authenticate each other: probes and their answers (proof.py), and a child that asks its supervisor for the
+port (presence.py). Processes that share no folder derive a key from the bearer token or SECRET_KEY.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class BadSecret(Exception):
 
 @lru_cache(maxsize=8)
 def derive_key(text: bytes, purpose: str) -> bytes:
-    """Return a key that whoever knows the text has too, for processes that share no folder.
+    """Return a key derived from a text, for processes that know the text but share no folder.
 
-    A program that pretends to be an endpoint may record what is signed with it and try guesses; the rounds (some 12 ms)
-    make that slow for a short text. A random one needs no such help.
+    A program that pretends to be an endpoint may record what is signed with the key and guess the text. The rounds
+    (about 12 ms) slow down guesses at a short text; a random one is safe without them.
     """
     return hashlib.pbkdf2_hmac("sha256", text, f"django_promports {purpose}".encode(), ROUNDS)
 
@@ -37,7 +37,7 @@ def derive_key(text: bytes, purpose: str) -> bytes:
 def read_secret(folder: Path, *, foreign: bool = False) -> bytes | None:
     """Return the secret in the folder; None if there is none that can be trusted.
 
-    foreign: root may ask the workers of the user to whom the folder belongs, if nobody else could have made it.
+    foreign: if this process is root, also trust a folder of another user that no one else can have created.
     """
     if not unix.SUPPORTED:
         return None
@@ -50,9 +50,9 @@ def read_secret(folder: Path, *, foreign: bool = False) -> bytes | None:
 
 
 def make_secret(folder: Path) -> bytes | None:
-    """Make the secret of a folder that belongs to this user, unless there is one; return it if this call made it.
+    """Create the secret in a folder that belongs to this user, unless it exists; return it if this call created it.
 
-    A file of this user that does not hold a secret is replaced. Raises OSError if there can be none.
+    A file of this user that does not hold a secret is replaced. Raises OSError if the secret cannot be created.
     """
     path = folder / NAME
     is_bad = False
@@ -79,7 +79,7 @@ def make_secret(folder: Path) -> bytes | None:
                 return secret
             except FileExistsError:  # another process was faster
                 return None
-            except OSError:  # a file system without hard links: then the last one counts
+            except OSError:  # a file system without hard links: the last process to write wins
                 pass
         os.replace(temporary, path)
         return secret
@@ -88,19 +88,19 @@ def make_secret(folder: Path) -> bytes | None:
 
 
 def remove_secret(folder: Path, secret: bytes) -> None:
-    """Take back a secret that make_secret() made, unless another one is in its place. Raises OSError."""
+    """Remove a secret that make_secret() created, unless it has been replaced since. Raises OSError."""
     if read_secret(folder) == secret:
         (folder / NAME).unlink(missing_ok=True)
 
 
 def _read(folder: Path, owners: set[int]) -> bytes:
-    """Return the secret. owners: the users to whom folder and file may belong. Raises OSError or BadSecret."""
+    """Return the secret. owners: the users who may own folder and file. Raises OSError or BadSecret."""
     at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(at)
         if status.st_uid not in owners or status.st_mode & 0o022:
             raise BadSecret("its folder belongs to another user, or others may write to it")
-        # Without waiting: somebody may have put a FIFO there.
+        # O_NONBLOCK: if the name is a FIFO, open() must not wait for a writer.
         file = os.open(NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     finally:
         os.close(at)
@@ -111,6 +111,6 @@ def _read(folder: Path, owners: set[int]) -> bytes:
         secret = os.read(file, LENGTH + 1)
     finally:
         os.close(file)
-    if len(secret) != LENGTH or not any(secret):  # zeros: the machine went down before they were written
+    if len(secret) != LENGTH or not any(secret):  # zeros: the machine crashed before the bytes were written
         raise BadSecret(f"it does not hold {LENGTH} bytes")
     return secret

@@ -1,4 +1,4 @@
-"""Commands that go on until they are told to stop."""
+"""Commands that run until a signal stops them: the option for their interval, and waiting for SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 
 
 def parse_seconds(text: str) -> float:
-    """Return the seconds of a command's option."""
+    """Parse the seconds of a command-line option."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < 1e6:  # select() takes no more than some years
-        raise ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    if not 0 < seconds < 1e6:  # select() accepts no more than some years
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[float], bool]]:
-    """Give a function that waits so many seconds and returns whether SIGINT or SIGTERM has come.
+    """Provide a function that waits for so many seconds and returns whether SIGINT or SIGTERM has arrived.
 
-    The signal interrupts nothing but that wait, so that nothing is left half done. A second one ends the process as it
-    would without this.
+    The signal interrupts only that wait, so that no work is left unfinished. A second signal has the effect that it has
+    without this context manager.
     """
     wakee, waker = socket.socketpair()
     waker.setblocking(False)

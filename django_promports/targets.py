@@ -1,4 +1,4 @@
-"""Targets: hosts, the groups that Prometheus reads, and the file in which it reads them. No network.
+"""Targets: checking hosts and labels, target groups for file_sd and http_sd, and writing the target file. No network.
 
 Formats: https://prometheus.io/docs/prometheus/latest/configuration/configuration/#file_sd_config
 and https://prometheus.io/docs/prometheus/latest/http_sd/
@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-# Targets of a document that are in memory together: so many that it goes fast.
+# Targets of a document that are formatted at once: enough to be fast, few enough to use little memory.
 TARGETS_AT_ONCE = 1000
-# Of a list of hosts that is wrong in every line a person wants to see some.
+# Wrong lines of a list of hosts that are shown.
 LINES_TOLD = 20
 
 quote = json.encoder.encode_basestring
@@ -33,21 +33,21 @@ class TargetGroup(TypedDict):
 
 
 def check_host(host: str) -> str:
-    """Return the host without brackets. Raises ValueError if it is no host name or IP address."""
+    """Return the host without brackets. Raises ValueError if it is not a host name or IP address."""
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if _is_ipv6(bare):
         return bare
     if re.fullmatch(r".*:\d+", bare):
         raise ValueError(f"{host!r} has a port in it; the ports come from PROMPORTS_PORT_RANGE")
     if not re.fullmatch(r"(?=.{1,253}\.?$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", bare):
-        raise ValueError(f"{host!r} is no host name and no IP address")
+        raise ValueError(f"{host!r} is neither a host name nor an IP address")
     return bare
 
 
 def parse_hosts(lines: Iterable[str]) -> list[str]:
-    """Return the hosts of a list with one on each line; blank lines and what follows a # are left out.
+    """Return the hosts of a list with one host per line, without blank lines and comments (from # on).
 
-    Raises ValueError, which names every line that is wrong.
+    Raises ValueError, which names the wrong lines.
     """
     places: dict[str, int] = {}
     hosts, wrong = [], []
@@ -74,13 +74,13 @@ def check_label(name: object, value: object) -> None:
     """Raise ValueError if Prometheus would refuse the label, or drop it."""
     # https://prometheus.io/docs/concepts/data_model/#metric-names-and-labels
     if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
-        raise ValueError(f"{name!r} is no label name; use letters, digits and underscores, no digit first")
+        raise ValueError(f"{name!r} is not a label name; use letters, digits and underscores, no digit first")
     if name.startswith("__"):
-        raise ValueError(f"{name!r} begins with two underscores, which are Prometheus' own")
+        raise ValueError(f"{name!r} begins with two underscores, which is reserved for Prometheus")
     if not isinstance(value, str):
-        raise ValueError(f"the value of {name!r} is {value!r}, no string")
+        raise ValueError(f"the value of {name!r} is {value!r}, not a string")
     if not value.isprintable():
-        raise ValueError(f"the value of {name!r} is {value!r}, which no person can read")
+        raise ValueError(f"the value of {name!r} is {value!r}, which has unprintable characters")
 
 
 def format_target(host: str, port: int) -> str:
@@ -97,7 +97,7 @@ def target_groups(
 ) -> Iterator[TargetGroup]:
     """Yield the target groups of hosts with their ports: one, or one per port with a `worker` label if `ports` is set.
 
-    `worker` is the place of the port in `ports`, counted from 0. The targets of a group are made while they are read.
+    `worker` is the index of the port in `ports`. The targets of a group are made while they are read.
     """
     common = dict(labels)
     if scheme != "http":
@@ -141,17 +141,17 @@ def dump_yaml(groups: Iterable[TargetGroup]) -> Iterator[bytes]:
 
 
 def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
-    """Put the content in the file, so that a reader sees the old one or the new one; False if it was there already.
+    """Replace the content of the file atomically; return False if the file has this content already.
 
-    Prometheus watches the folder, so an unchanged file is left untouched, and the temporary one has a name that
-    no file_sd pattern matches. The content is made twice, once to compare. Raises OSError, and leaves the old file as
-    it was; a symbolic link is an error too, because Prometheus would not notice what changes behind it.
+    Prometheus watches the folder, so an unchanged file is left untouched, and the temporary file has a name that no
+    file_sd pattern matches. The content is made twice, once to compare. Raises OSError, and leaves the old file as it
+    was. A symbolic link is an error too, because Prometheus would not notice changes of the file that it points to.
     """
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
             is_folder, is_link = stat.S_ISDIR(mode), stat.S_ISLNK(mode)
-            what = "a directory" if is_folder else "a symbolic link" if is_link else "no regular file"
+            what = "a directory" if is_folder else "a symbolic link" if is_link else "not a regular file"
             raise OSError(errno.EISDIR if is_folder else errno.EINVAL, f"Is {what}")
         with path.open("rb") as old:
             if all(old.read(len(piece)) == piece for piece in content()) and not old.read(1):
@@ -161,7 +161,7 @@ def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
-            if sys.platform != "win32":  # which has no such modes
+            if sys.platform != "win32":  # Windows has no such modes
                 os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
             file.writelines(content())
             file.flush()

@@ -1,4 +1,4 @@
-"""TLS: the contexts with which the endpoints serve HTTPS, and with which they are probed."""
+"""TLS: the SSL contexts with which endpoints serve HTTPS, and those with which they are probed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class UnusableFile(ValueError):
-    """A file cannot be used. kind: which one, as server_context() names its arguments."""
+    """A file cannot be used. kind: which one, as the name of an argument of server_context()."""
 
     def __init__(self, kind: str, reason: object) -> None:
         super().__init__(str(reason))
@@ -15,7 +15,7 @@ class UnusableFile(ValueError):
 
 
 def server_context(certfile: str, keyfile: str | None, cafile: str | None) -> ssl.SSLContext:
-    """Return a context that serves with this certificate. cafile: whose client certificates to require.
+    """Return a context that serves with this certificate. cafile: require client certificates of these authorities.
 
     Raises UnusableFile.
     """
@@ -29,8 +29,8 @@ def server_context(certfile: str, keyfile: str | None, cafile: str | None) -> ss
     try:
         # Without a password OpenSSL would prompt for the one of an encrypted key, and the worker would hang.
         context.load_cert_chain(certfile, keyfile, password="")
-    except OSError as error:  # ssl.SSLError is one
-        reason = f"PROMPORTS_TLS_CERTFILE and its key are no pair in PEM ({error})"
+    except OSError as error:  # ssl.SSLError included
+        reason = f"PROMPORTS_TLS_CERTFILE and its key are not a matching pair in PEM format ({error})"
         raise UnusableFile("keyfile" if keyfile else "certfile", reason) from None
     if cafile is not None:
         try:
@@ -44,7 +44,7 @@ def server_context(certfile: str, keyfile: str | None, cafile: str | None) -> ss
 def client_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     """Return a context for probing this site's endpoints, with the site's own certificate for those that require one.
 
-    The endpoints' certificate is not verified: it names the host for Prometheus, and probes prove the site otherwise.
+    The endpoints' certificate is not verified: it names the host for Prometheus, and a signed answer proves the site.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

@@ -1,6 +1,6 @@
-"""What the package needs of the operating system: forks, users and file locks, as every Unix has them.
+"""What the package needs from the operating system: forks, users and file locks; whether it has them, and locking.
 
-Where they are missing (Windows), every module imports, no process claims a port, and checks.py says so once.
+Where they are missing (Windows), every module still imports, no process claims a port, and checks.py reports it once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 NEEDED = ("fork", "geteuid", "pread", "pwrite", "register_at_fork")
-# The one place that decides it. Whoever asks works without ports and ledgers where this is False.
+# Decided here only. Where it is False, the other modules work without ports and ledgers.
 SUPPORTED = fcntl is not None and all(hasattr(os, name) for name in NEEDED)
 
 

@@ -1,4 +1,4 @@
-"""path("metrics/", include("django_promports.urls")): the page for staff at metrics/, http_sd at metrics/targets."""
+"""path("metrics/", include("django_promports.urls")): a page for staff at metrics/, http_sd at metrics/targets."""
 
 from __future__ import annotations
 

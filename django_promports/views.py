@@ -1,7 +1,7 @@
-"""The workers through the site itself: the live targets as http_sd, and the page for people.
+"""Views that the site serves: the live targets as http_sd, and the page about the workers.
 
-The site may be open to everybody where the endpoints are not, and each answer asks every port. So the targets are told
-to who has the token, and to nobody where there is none; and the page is shown to staff.
+The site may be public where the endpoints are not, and each response asks every port. So the targets require the bearer
+token of the endpoints, and are not served without one; the page is for staff.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from django_promports.page import html
 @never_cache
 @require_safe
 def targets(request: HttpRequest) -> HttpResponse:
-    """Return the ports of this machine at which a worker answers now."""
+    """Return the http_sd list of the ports of this machine at which a worker answers now."""
     token = conf.read_token()
     if token is None:
-        text = "The targets are told to who has the token; set PROMPORTS_BEARER_TOKEN_FILE.\n"
+        text = "The targets require the bearer token of the endpoints; set PROMPORTS_BEARER_TOKEN_FILE.\n"
         return HttpResponse(text, "text/plain", 403)
     if not is_authorized(request.headers.get("Authorization", ""), token):
-        text = "This page requires the bearer token of the endpoints.\n"
+        text = "This list requires the bearer token of the endpoints.\n"
         return HttpResponse(text, "text/plain", 401, headers={"WWW-Authenticate": "Bearer"})
     with contextlib.closing(Loop()) as loop:
         return HttpResponse(loop.complete(find_targets(loop)), "application/json")
@@ -42,23 +42,23 @@ def targets(request: HttpRequest) -> HttpResponse:
 @never_cache
 @require_safe
 def page(request: HttpRequest) -> HttpResponse:
-    """Draw what the workers of this machine do now, for staff."""
+    """Show staff what the workers of this machine do now."""
     if not hasattr(request, "user"):
         text = (
-            "This page is for staff, and nothing here says who that is: django.contrib.auth and its "
+            "This page is for staff, and this site cannot tell who that is: django.contrib.auth and its "
             "AuthenticationMiddleware are not installed. Each worker has such a page on its own port.\n"
         )
         return HttpResponse(text, "text/plain", 403)
     try:
         login: str | None = reverse("admin:login")
     except NoReverseMatch:
-        login = None  # LOGIN_URL
+        login = None  # then user_passes_test() uses LOGIN_URL
     return user_passes_test(_is_staff, login)(_draw)(request)
 
 
 def _is_staff(user: Any) -> bool:
     if user.is_authenticated and not (user.is_active and getattr(user, "is_staff", False)):
-        raise PermissionDenied("This page is for staff.")  # to log in once more would lead here again
+        raise PermissionDenied("This page is for staff.")  # another login would redirect here again
     return bool(user.is_authenticated)
 
 

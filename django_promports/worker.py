@@ -1,14 +1,15 @@
-"""Which process serves: when this one claims a port, and what becomes of the claim at a fork and at the end.
+"""Which process serves: when this process claims a port, and what happens to the claim at a fork and at exit.
 
-What it holds is the package's only mutable state. Every hook says in which process it runs:
+The package's only mutable state is here. Each hook runs in a certain kind of process:
 
-- on_ready(): each process that loads the site, management commands and tests included. It only watches.
-- _on_handler(): a process that built one of Django's handlers: a server, or a master that forks servers.
+- on_ready(): every process that loads the site, management commands and tests included. It only installs hooks.
+- _on_handler(): a process that builds one of Django's handlers: a server, or a master that forks servers.
 - _on_uwsgi_fork(): a worker, mule or spooler that uWSGI forked from a process that had loaded the site.
-- _on_request(): a process at its first request. A server is a worker from then on.
-- _at_exit(): each process that ends by itself, before Python tears it down.
-- _before_fork(), _after_fork_in_parent(): a process that is armed (it claimed once) and forks.
-- _after_fork_in_child(): its child.
+- _on_request(): a process at its first request. From then on it is known to be a worker.
+- _await_child(): a supervisor that has claimed a port and spawns its workers.
+- _before_fork(), _after_fork_in_parent(): a process that forks and is armed, which means that it has tried to claim.
+- _after_fork_in_child(): the child of such a process.
+- _at_exit(): every process that exits normally, before Python tears the interpreter down.
 """
 
 from __future__ import annotations
@@ -48,19 +49,19 @@ from django_promports.scrape.exposition import Exposition
 
 logger = logging.getLogger("django_promports")
 
-# Seconds for the endpoint to come to a stop when the process ends: a collector may take minutes.
+# Seconds to wait for the endpoint to stop when the process exits: a collector may take minutes.
 EXIT_SECONDS = 1.0
-# Seconds for a supervisor, asked by a worker that it started, to free its port.
+# Seconds to wait until a supervisor, asked by a worker that it started, has freed its port.
 STEP_DOWN_SECONDS = 2.0
-# Whoever builds one of these serves requests, or forks processes that do.
+# A process that builds one of these serves requests, or forks processes that do.
 HANDLERS = (WSGIHandler, ASGIHandler)
 
 
 def on_ready() -> None:
-    """Called by AppConfig.ready(): claim once this process proves to be a server.
+    """Install the hooks that claim a port once this process proves to be a server. AppConfig.ready() calls this.
 
     Every server builds one of Django's handlers, in the process that serves or in a master that forks it. A handler
-    that is built in a management command proves nothing; there the first request that a handler answers does.
+    that is built in a management command proves nothing; there, the first request that a handler answers does.
     """
     request_started.connect(_on_request, dispatch_uid="django_promports")
     for handler in HANDLERS:
@@ -68,18 +69,18 @@ def on_ready() -> None:
 
 
 def _watch(handler: Any) -> None:
-    """Call _on_handler() when an object of this class, or of a subclass, is built."""
+    """Call _on_handler() when an instance of this handler class, or of a subclass, is built."""
     build = handler.__init__
     if hasattr(build, "watched_by_promports"):
         return
 
     @wraps(build)
-    def tell_and_build(self: Any, *args: Any, **kwargs: Any) -> None:
-        _on_handler()  # first: what is wrong with the settings may keep the middleware from being loaded
+    def notify_and_build(self: Any, *args: Any, **kwargs: Any) -> None:
+        _on_handler()  # first: loading the middleware may fail, because of wrong settings for example
         build(self, *args, **kwargs)
 
-    tell_and_build.watched_by_promports = True  # type: ignore[attr-defined]
-    handler.__init__ = tell_and_build
+    notify_and_build.watched_by_promports = True  # type: ignore[attr-defined]
+    handler.__init__ = notify_and_build
 
 
 def _on_handler() -> None:
@@ -88,7 +89,7 @@ def _on_handler() -> None:
         if _is_server or _is_inside_command() or _is_test_run():
             return
         _is_server = True
-        uwsgi = sys.modules.get("uwsgi")  # which exists inside uWSGI only
+        uwsgi = sys.modules.get("uwsgi")  # this module exists inside uWSGI only
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
@@ -99,7 +100,7 @@ def _on_handler() -> None:
 
 
 def _is_inside_command() -> bool:
-    """Whether a management command runs in this process, in any thread: runserver loads the site in its second one."""
+    """Whether a management command runs in this process, in any thread: runserver loads the site in its second."""
     for frame in sys._current_frames().values():
         caller: FrameType | None = frame
         while caller is not None:
@@ -111,25 +112,25 @@ def _is_inside_command() -> bool:
 
 
 def _is_test_run() -> bool:
-    """Whether Django's test environment is set up, or pytest runs, which imports a project's tests before that."""
+    """Whether Django's test environment is set up, or pytest is running, which imports tests before that is set up."""
     state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
-    # Each of pytest's two signs misleads alone: child processes inherit the variable, and a site may import pytest.
+    # Neither sign of pytest is enough: child processes inherit the variable, and a site may import pytest.
     return hasattr(state, "saved_data") or ("PYTEST_VERSION" in os.environ and "_pytest" in sys.modules)
 
 
 def start() -> int | None:
     """Claim a port for this process and serve its metrics there; return the port.
 
-    For processes that Django cannot know to be servers: a Celery pool child, a gRPC server, a daemon. It does
-    nothing if the process has a port, and never raises: where no port is free the answer is None, and the
-    process takes the first that comes free.
+    For servers that do not build one of Django's handlers: a Celery pool child, a gRPC server, a daemon. Does
+    nothing if the process already has a port. Never raises: if no port is free it returns None, and the process
+    claims the first port that comes free.
     """
     _become_worker()
     return port()
 
 
 def stop() -> None:
-    """Free the port of this process, if it has one, and end its thread."""
+    """Free the port of this process, if it has one, and stop its thread."""
     _process.release()
     _process.is_broken = False
 
@@ -140,23 +141,23 @@ def port() -> int | None:
 
 
 def _at_exit() -> None:
-    # Python may take seconds to tear a process down, and nobody would answer at the port. A forked child has the hook
-    # of its parent, but not the port.
+    # Python may take seconds to tear a process down. Without this, the port would accept connections all that time
+    # and answer none. A forked child inherits the hook of its parent, but not the port.
     process = _process
     if process.pid != os.getpid():
         return
     try:
         process.release(seconds=EXIT_SECONDS)
     except Exception:
-        logger.exception("The metrics port is not freed before the process ends. pid=%s", os.getpid())
+        logger.exception("Could not free the metrics port before the process exits. pid=%s", os.getpid())
 
 
-# Python calls what is registered last first, and what the site registers may count.
+# atexit calls hooks in reverse order. The site's own are registered later and run first, so what they count is kept.
 atexit.register(_at_exit)
 
 
 def _on_request(sender: Any = None, **kwargs: Any) -> None:
-    # The test client sends a handler of its own: it also warms caches and builds static sites, outside of tests.
+    # django.test.Client has a handler class of its own. Sites also use it outside of tests, to warm caches for example.
     if not (isinstance(sender, type) and issubclass(sender, HANDLERS)) or _is_test_run():
         return
     request_started.disconnect(dispatch_uid="django_promports")
@@ -165,7 +166,7 @@ def _on_request(sender: Any = None, **kwargs: Any) -> None:
 
 def _become_worker() -> None:
     """Mark this process as a worker, then claim a port."""
-    # Forked by a parent without a port, like that of a Celery pool, or by uWSGI with somebody's hook in place of ours.
+    # The parent was not armed, like that of a Celery pool, or it is uWSGI and the site has replaced our hook.
     if _process.pid != os.getpid():
         _begin_after_unseen_fork()
     _process.become_worker()
@@ -173,7 +174,7 @@ def _become_worker() -> None:
 
 
 def _claim(*, at_once: bool = True) -> None:
-    """Claim a port, now or in a moment. Where that fails for good, say why, once."""
+    """Claim a port, at once or from the retry thread. If this process can never serve, log the reason once."""
     process = _process
     try:
         if not conf.PROMPORTS_ENABLED:
@@ -188,14 +189,14 @@ def _claim(*, at_once: bool = True) -> None:
 
 
 def _is_usable(process: Holder) -> bool:
-    """Whether the settings allow to serve metrics; what does not is logged once."""
+    """Whether the settings allow this process to serve metrics; if not, the reasons are logged once."""
     if process.is_broken:
         return False
     for message in check_settings():
         if message.id == PLATFORM:
             logger.info("%s (%s)", message.msg, message.id)
             process.is_broken = True
-        elif message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # said where it is opened
+        elif message.level >= django_checks.ERROR and message.id != LEDGER_FOLDER:  # logged when it is opened
             logger.error("%s %s This process serves no metrics. (%s)", message.msg, message.hint, message.id)
             process.is_broken = True
     return not process.is_broken
@@ -234,10 +235,10 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
 
 
 def _read_first_key() -> bytes:
-    """Return the best key of the site; nothing where it has none, or where a wrong setting hides it."""
+    """Return the first of the site's keys; empty if it has none, or if a wrong setting makes them unreadable."""
     try:
         return next(conf.read_keys(), b"")
-    except Exception:  # the claim says what is wrong
+    except Exception:  # the claim logs what is wrong
         return b""
 
 
@@ -254,7 +255,7 @@ def _describe(claimed: int) -> Any:
 
 
 def _command() -> str:
-    """Return the words of the command line up to the first option: a later one may be a secret."""
+    """Return the command line up to its first option: what follows may be a secret."""
     program, *words = sys.argv or [sys.executable]
     path = Path(program)
     name = path.parent.name if path.name == "__main__.py" else path.name  # python -m gunicorn
@@ -264,15 +265,16 @@ def _command() -> str:
 _binding = Binding()
 _process = Holder(_binding, _read_terms, _make_endpoint)
 _armed = False
-_is_server = False  # or a master that forks servers: it has built a handler
+_is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
 _was_retrying = False
-# Where uWSGI forks: a pipe with one byte in it. The child that reads it has what was counted before the fork.
-_uwsgi_counts_pipe: int | None = None
+# Under uWSGI: the read end of a pipe that holds one byte. The child that reads the byte keeps the carried counts, which
+# are those made before the fork.
+_uwsgi_carried: int | None = None
 
 
 def _begin_process() -> Holder:
-    """Begin in a forked child, and return what the parent holds."""
+    """Give this forked child a Holder of its own, and return the one that it inherited."""
     global _process
     parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
@@ -294,13 +296,15 @@ def _before_fork() -> None:
     if process.is_worker:
         _was_retrying = process.stop_retry()
     else:
-        # A master: its first child may have the port. The ledger is the workers', who may be of another user.
+        # A master: its first child may claim the port. A master that is root leaves no ledger, because its workers may
+        # run as another user.
         process.release(undo=os.geteuid() == 0)
         _was_retrying = False
     process.lock.acquire()
     _forking_thread = threading.get_ident()
     if process.endpoint is not None:
-        # A child inherits every lock as it is, without the thread that holds it. Python warns of that since 3.12.
+        # A child inherits each lock as it is, but not the thread that holds it. Since 3.12, Python warns about forks
+        # in a process with threads.
         process.endpoint.pause()
     if not process.is_worker:
         _binding.carry_counts()
@@ -325,7 +329,7 @@ def _after_fork_in_child() -> None:
     global _forking_thread
     parent = _begin_process()
     _process.is_worker = parent.is_worker
-    if _forking_thread is None:  # armed by another thread in the middle of this fork
+    if _forking_thread is None:  # another thread armed this process during the fork: _before_fork() did not run
         return
     _forking_thread = None
     try:
@@ -338,14 +342,16 @@ def _after_fork_in_child() -> None:
         logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
     if not parent.is_worker:
         _prepare_gevent()
-        # gunicorn changes the user in the child, which is why one of root's claims with its first request, or soon.
+        # gunicorn changes the user in the child after the fork. So a child that is root claims later: at its first
+        # request, or from the retry thread.
         _claim(at_once=os.geteuid() != 0)
 
 
 def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
-    """Free the port of a supervisor, which loads the site and serves nothing, when a child comes that claims.
+    """Free the port of this process when a child that wants to claim connects to the step-down socket.
 
-    Supervisors that fork are known by that; this is for those that spawn, like hypercorn's with --reload.
+    Such a process is a supervisor, which loads the site and serves no requests. One that forks its workers is
+    recognised by the fork; this is for those that spawn them, like hypercorn with --reload.
     """
     while not process.is_worker:
         yield listener, READ
@@ -361,48 +367,51 @@ def _step_down(process: Holder, peer: socket.socket) -> None:
     try:
         process.release()
     finally:
-        peer.close()  # which is what the child waits for
+        peer.close()  # the child waits for this
 
 
 def _await_uwsgi_fork(uwsgi: Any) -> None:
-    """Let workers claim that uWSGI forks from this process.
+    """Let the workers claim that uWSGI forks from this process.
 
-    It forks in C, without telling Python, but for its own hook in the child:
+    It forks in C, so that Python's fork hooks do not run. It calls a hook of its own in the child:
     https://uwsgi-docs.readthedocs.io/en/latest/PythonDecorators.html#uwsgidecorators.postfork
     """
-    global _uwsgi_counts_pipe
+    global _uwsgi_carried
     try:
         if not conf.PROMPORTS_ENABLED or not _is_usable(_process):
             return
-        _uwsgi_counts_pipe, write_end = os.pipe()
+        _uwsgi_carried, write_end = os.pipe()
         os.write(write_end, b".")
         os.close(write_end)
         uwsgi.post_fork_hook = partial(_on_uwsgi_fork, uwsgi, getattr(uwsgi, "post_fork_hook", None))
     except Exception:
-        logger.exception("uWSGI's workers (of pid %s) serve metrics from their first request on.", os.getpid())
+        logger.exception("uWSGI workers forked from pid %s serve no metrics before their first request.", os.getpid())
 
 
 def _on_uwsgi_fork(uwsgi: Any, site_hook: Callable[[], object] | None) -> None:
     _begin_after_unseen_fork()
-    if uwsgi.worker_id() > 0:  # no mule and no spooler
+    if uwsgi.worker_id() > 0:  # not a mule or a spooler
         _claim()
     if site_hook is not None:
         site_hook()
 
 
 def _begin_after_unseen_fork() -> None:
-    """Begin in a child of a process that was not armed, or forked in C: all its children have copies of its numbers."""
+    """Set up a child whose fork ran none of our fork hooks: its parent was not armed, or forked in C.
+
+    Each such child has a copy of its parent's counts, and at most one of them may keep the copy.
+    """
     _begin_process()
     try:
         _binding.carry_counts()
-        _binding.begin_in_child(keep=_uwsgi_counts_pipe is not None and os.read(_uwsgi_counts_pipe, 1) != b"")
+        _binding.begin_in_child(keep=_uwsgi_carried is not None and os.read(_uwsgi_carried, 1) != b"")
     except Exception:
-        logger.exception("A forked child (pid %s) may count what its parent has counted.", os.getpid())
+        logger.exception("A forked child (pid %s) may export counts of its parent a second time.", os.getpid())
 
 
 def _prepare_gevent() -> None:
-    # gevent prepares a child's hub after these hooks, and before that no thread of its kind can start. It may be
-    # done twice: https://www.gevent.org/api/gevent.html#gevent.reinit
+    # gevent sets up a child's hub after these hooks have run, and until then none of its threads can start. Calling
+    # reinit() twice is allowed: https://www.gevent.org/api/gevent.html#gevent.reinit
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         sys.modules["gevent"].reinit()

@@ -1,4 +1,4 @@
-"""Chromium, driven by its own chromedriver, with a profile that is thrown away."""
+"""Chromium, driven by its own chromedriver, with a temporary profile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chromium(find: Callable[[str], str], profile: Path, *, javascript: bool = Tr
 
 
 def resize(browser: Chrome, size: tuple[int, int], scale: float = 1, *, dark: bool = False) -> None:
-    """Give the page the width and height of a screen; a window of its own cannot be as narrow as a phone."""
+    """Give the page the size of a screen. A real window cannot be as narrow as a phone."""
     width, height = size
     screen = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
@@ -46,14 +46,14 @@ def resize(browser: Chrome, size: tuple[int, int], scale: float = 1, *, dark: bo
 
 
 def measure_widths(browser: Chrome) -> tuple[int, int, int]:
-    """Return the widths of the content, of the room beside a scroll bar, and of the window, in CSS pixels."""
+    """Return the widths of the content, of the viewport without its scroll bar, and of the window, in CSS pixels."""
     script = "const root = document.documentElement; return [root.scrollWidth, root.clientWidth, innerWidth]"
     content, room, window = browser.execute_script(script)
     return content, room, window
 
 
 def take_picture(browser: Chrome, path: Path, height: int | None = None) -> None:
-    """Write what the page shows, to its end or so far down, as PNG."""
+    """Write a PNG of the page, down to its end or to a height."""
     sizes = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": sizes["width"], "height": min(sizes["height"], height or 10000), "scale": 1}
     options = {"format": "png", "captureBeyondViewport": True, "clip": clip}
@@ -61,7 +61,7 @@ def take_picture(browser: Chrome, path: Path, height: int | None = None) -> None
 
 
 def fill_in_login(browser: Chrome, name: str, password: str) -> None:
-    """Fill in the form that Django shows who is not logged in."""
+    """Fill in Django's login form."""
     browser.find_element(By.NAME, "username").send_keys(name)
     browser.find_element(By.NAME, "password").send_keys(password)
     browser.find_element(By.TAG_NAME, "button").click()

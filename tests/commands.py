@@ -1,4 +1,4 @@
-"""Management commands, and the endpoints and programs whose ports they ask."""
+"""Management commands, and the endpoints and programs that they query."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from django_promports.page.overview import Overview
 from django_promports.scrape.exposition import Exposition
 from tests.servers import ROOT
 
-# For root a read-only folder is writable and no port is privileged.
+# Root can write to read-only folders and bind privileged ports.
 BECOME_NOBODY = "import os\nif os.getuid() == 0: os.setuid(65534)\n"
 
 
@@ -38,7 +38,7 @@ def call(*arguments: str) -> tuple[str, str]:
 
 
 def run_python(code: str, *arguments: str, seconds: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, with the project importable."""
+    """Run code in a new process in which the project can be imported."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -61,7 +61,7 @@ def endpoint(
     registry: CollectorRegistry | None = None,
     **about: object,
 ) -> Iterator[int]:
-    """Serve an endpoint on the lowest free port: this site's, unless another project is named, or other keys are."""
+    """Serve an endpoint on the lowest free port: of this site, unless another project or other keys are given."""
     claim = ports.claim("127.0.0.1", range_)
     described = {"application": "django_promports", "project": project or conf.project, **about}
     served = Endpoint(
@@ -93,7 +93,7 @@ def survey_nothing(loop: Loop) -> Steps[Overview]:
 
 
 def sign(request: bytes, body: bytes) -> bytes:
-    """Return what an endpoint of this site answers to a probe, as a test that plays one sends it."""
+    """Return the signed answer of an endpoint of this site to a probe, for tests that play an endpoint."""
     lines = request.decode().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines[1:] if line)
     host = headers["Host"]
@@ -106,7 +106,7 @@ def sign(request: bytes, body: bytes) -> bytes:
 
 @contextlib.contextmanager
 def answering(port: int, answer: bytes) -> Iterator[None]:
-    """Answer whoever connects to the port with these bytes, and hang up."""
+    """Answer each connection to the port with these bytes, then close it."""
 
     def serve() -> None:
         while True:

@@ -16,16 +16,21 @@ from django_promports import worker
 from tests.matrix import Row, write_table
 from tests.servers import ROOT
 
-# Every test gets a block of ports of its own, below the kernel's ephemeral ones.
+# Every test gets its own block of ports, below the kernel's ephemeral ports.
 BLOCKS = range(12000, 32000, 16)
 WIDE_BLOCKS = range(10000, 11980, 36)
 
 
-rows: list[Row] = []  # that the tests of this run found
+rows: list[Row] = []  # the results of this run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--servers-table", type=Path, metavar="PAGE", help="write what the tests found out about servers")
+    parser.addoption(
+        "--servers-table",
+        type=Path,
+        metavar="PAGE",
+        help="write the results of the server tests to the table in this page",
+    )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -41,7 +46,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def row(record_property: Callable[[str, object], None]) -> Row:
-    """What the test finds out about a server; it becomes a row of docs/servers.md."""
+    """The results of a test for one server; they become a row of docs/servers.md."""
     found = Row()
     record_property("row", found)
     return found
@@ -49,28 +54,28 @@ def row(record_property: Callable[[str, object], None]) -> Row:
 
 @pytest.fixture(autouse=True)
 def own_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
-    """Keep what a test counts, here and in the processes that it starts, out of the ledgers of others."""
+    """Give each test, and the processes that it starts, a ledger folder of its own."""
     monkeypatch.setenv("DEMO_LEDGER_DIR", str(tmp_path / "ledgers"))
     settings.PROMPORTS_LEDGER_DIR = tmp_path / "ledgers"
 
 
 @pytest.fixture
 def free_ports() -> Iterator[range]:
-    """Fifteen consecutive ports that nobody uses."""
+    """Fifteen consecutive unused ports."""
     with _free_block(BLOCKS) as ports:
         yield ports
 
 
 @pytest.fixture
 def many_free_ports() -> Iterator[range]:
-    """Thirty-five consecutive ports that nobody uses: as many as the default range has, and some for servers."""
+    """Thirty-five consecutive unused ports: as many as the default range has, and some for servers."""
     with _free_block(WIDE_BLOCKS) as ports:
         yield ports
 
 
 @contextlib.contextmanager
 def _free_block(blocks: range) -> Iterator[range]:
-    """Give the ports of a block but for the first: a listening socket there keeps the block."""
+    """Give the ports of a block except the first, where a listening socket reserves the block."""
     for first in blocks:
         ports = range(first + 1, first + blocks.step)
         with contextlib.ExitStack() as stack:
@@ -99,7 +104,7 @@ def _bound(port: int) -> socket.socket:
 
 @pytest.fixture
 def program() -> Callable[[str], str]:
-    """Find a program that may be missing on a person's machine, and must not be in CI."""
+    """Find a program that may be missing on a developer's machine, but not in CI."""
 
     def find(name: str) -> str:
         path = shutil.which(name)
@@ -114,7 +119,7 @@ def program() -> Callable[[str], str]:
 
 @pytest.fixture
 def this_process() -> Iterator[None]:
-    """Let the test claim ports in this process, and free them after it."""
+    """Let the test claim ports in this process, and free them afterwards."""
     yield
     worker.stop()
 

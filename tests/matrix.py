@@ -1,4 +1,4 @@
-"""The matrix of servers: what the tests found out about each, and the page that shows it."""
+"""The matrix of servers: the results of the tests, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ BEGIN, END = "<!-- the tests write this table -->\n", "<!-- end of the table -->
 
 
 class Row(TypedDict, total=False):
-    """What is known of one server in one mode.
+    """The results for one server in one mode.
 
-    ports: of how many processes. exact: every request or task was counted once. recycle, kill: what was done, where it
-    stayed exact. Each is a check mark, a check mark with a word, or a reason. end: whether workers seal their ledgers
-    when they are told to stop. notes: what a user has to know or do.
+    ports: the number of processes with a port. exact: every request or task was counted once. recycle, kill: what was
+    done while the sum stayed exact. Each is a check mark, a check mark with a word, or a reason. end: whether workers
+    seal their ledgers when they are told to stop. notes: what a user has to know or do.
     """
 
     server: str
@@ -34,7 +34,7 @@ YES = "✓"
 
 
 def versions(*packages: str) -> str:
-    """Return the versions of installed packages: of the first as it is, of the others with their names."""
+    """Return the versions of installed packages: the first without, the others with their names."""
     first, *others = packages
     return ", ".join([version(first), *(f"{name} {version(name)}" for name in others)])
 
@@ -46,7 +46,7 @@ def format_table(rows: Iterable[Row]) -> str:
 
 
 def write_table(page: Path, rows: Iterable[Row]) -> None:
-    """Put the table in the page's place for it."""
+    """Write the table between its markers in the page."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(before + BEGIN + format_table(rows) + END + after)

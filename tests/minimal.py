@@ -1,4 +1,4 @@
-"""A site with nothing in it but django_promports: no database file, no metrics, and django-prometheus if asked."""
+"""A site with only django_promports: no database file, no metrics, and django-prometheus on request."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def django_admin(*arguments: str, wrapper: Sequence[str] = (), **env: str) -> su
 def serve_site(
     tmp_path: Path, ports: Sequence[int], *options: str, wrapper: Sequence[str] = (), **env: str
 ) -> contextlib.AbstractContextManager[Site]:
-    """Run gunicorn on the site with two workers; with the wrapper, a command that runs a command."""
+    """Run gunicorn on the site with two workers. wrapper: the start of a command line that runs another."""
     words = [*wrapper, sys.executable, "-m", "gunicorn", "--no-control-socket", "-w", "2", "-b", "127.0.0.1:{port}"]
+    words += ["--graceful-timeout", "15"]  # as in servers.gunicorn()
     return serving(tmp_path, ports, *words, *options, "minimal_wsgi", **env)

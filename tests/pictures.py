@@ -1,4 +1,4 @@
-"""The pictures of the pages in docs/: `tox run -e pictures` takes them anew, from the demo and its traffic."""
+"""The pictures of the pages in docs/: `tox run -e pictures` takes them from the demo and its traffic."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, resize, take_picture
 from tests.servers import ROOT, running
 
-# How the demo tells where its pages are, and who may see them.
+# The line in which the demo prints the address of its page, with a user name and a password.
 LOGIN = r"page +(http:\S+) +\(log in as (\w+) with (\S+)\)\n +worker page (http:\S+)"
-# Traffic that is left when the first picture is taken.
+# Seconds of traffic that remain when the first picture is taken.
 SECONDS_LEFT = 15
 
 
@@ -43,7 +43,7 @@ def take_pictures(scratch: Path, folder: Path, duration: int) -> None:
         found = demo.wait_until(find_pages, "the demo tells where its pages are", 60)
         assert found
         site, name, password, worker = found.groups()
-        # The start of a browser takes processors away, and would be seen in the plots.
+        # Starting a browser takes CPU time, which would show in the plots.
         with chromium(_find, scratch / "profile") as browser:
             resize(browser, DESKTOP)
             browser.get(site)

@@ -1,4 +1,4 @@
-"""Real servers in process groups of their own, and waiting for what they do."""
+"""Real servers in their own process groups, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from django_promports.ledger import OPEN, SEAL_AT
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-# Generous: a deadline is reached by what is broken, not by what is slow.
+# Generous: only a broken program should reach a deadline, not a slow one.
 SECONDS = 30.0
 
 
 class Child:
-    """A process and its descendants, with what they printed."""
+    """A process with its descendants and their output."""
 
     def __init__(self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         self.log = log
@@ -58,7 +58,7 @@ class Child:
         return children(self.pid)
 
     def survivors(self) -> list[str]:
-        """Return the processes of its session that still run, as the kernel names them."""
+        """Return the names of the processes of its session that still run."""
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -71,7 +71,7 @@ class Child:
         return wait_until(condition, what, seconds, self.output)
 
     def stop(self, seconds: float = SECONDS) -> None:
-        """End it as an operator does, and everything that it left behind the hard way."""
+        """Terminate it as an operator does, then kill what is left of its session."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -85,7 +85,7 @@ class Child:
 
 
 def wait_until(condition: Callable[[], T], what: str, seconds: float = SECONDS, output: Callable[[], str] = str) -> T:
-    """Return the condition's first true value."""
+    """Return the first true value of the condition."""
     deadline = time.monotonic() + seconds
     while True:
         if value := condition():
@@ -113,7 +113,7 @@ def running(*arguments: str, log: Path, **env: str) -> Iterator[Child]:
 
 
 class Site:
-    """The demo site, served by something: where it is, and what its endpoints say."""
+    """The demo site under some server: its address, and what its endpoints report."""
 
     def __init__(self, child: Child, address: str, ports: Sequence[int], token: str = "") -> None:
         self.child, self.address, self.ports, self.token = child, address, ports, token
@@ -125,11 +125,11 @@ class Site:
         return accepts(int(self.address.rpartition(":")[2]))
 
     def abouts(self) -> dict[int, dict[str, Any]]:
-        """Return what the endpoint at each port that answers says of itself."""
+        """Return how the endpoint at each live port describes itself."""
         return {port: about for port in self.ports if (about := describe(port, self.token))}
 
     def live(self) -> dict[int, int]:
-        """Return the pid behind each port that answers."""
+        """Return the pid of each live port."""
         return {port: about["pid"] for port, about in self.abouts().items()}
 
     def wait_for_workers(self, count: int = 4) -> dict[int, int]:
@@ -138,7 +138,7 @@ class Site:
         )
 
     def wait_until_settled(self, count: int) -> dict[int, int]:
-        """Wait until what follows is no part of the start: granian takes a killed worker for one that cannot start."""
+        """Wait until the start is complete: granian treats a worker that is killed early as one that cannot start."""
 
         def settled() -> dict[int, int]:
             abouts = self.abouts()
@@ -148,7 +148,7 @@ class Site:
         return self.child.wait_until(settled, f"{count} workers have settled")
 
     def wait_until_replaced(self, gone: Collection[int], count: int = 4) -> dict[int, int]:
-        """Wait until all workers have ports again, and none of them is one of those processes."""
+        """Wait until all workers have ports again, and none of them is one of the old processes."""
         return self.child.wait_until(
             lambda: live if len(live := self.live()) == count and not set(gone) & set(live.values()) else {},
             f"{count} workers answer, none of them of {sorted(gone)}",
@@ -160,9 +160,9 @@ class Site:
 
 @contextlib.contextmanager
 def serving(tmp_path: Path, ports: Sequence[int], *words: str, range_: str = "", **env: str) -> Iterator[Site]:
-    """Run a server of the demo site; the last of the ports is the site's, the others are the metrics'.
+    """Run a server of the demo site. The site uses the last port, the workers claim the others for their metrics.
 
-    {port} in the server's command line stands for the site's.
+    {port} in the command line stands for the port of the site.
     """
     *metric_ports, site_port = ports
     settings = {
@@ -183,12 +183,13 @@ def gunicorn(
 ) -> contextlib.AbstractContextManager[Site]:
     """Run gunicorn on the demo site."""
     words = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
-    words += ["-b", "127.0.0.1:{port}", "-w", str(workers), *options]
+    # A worker that is just being forked misses the SIGTERM that gunicorn sends it, and is killed after this time.
+    words += ["-b", "127.0.0.1:{port}", "-w", str(workers), "--graceful-timeout", "15", *options]
     return serving(tmp_path, ports, *words, range_=range_, **env)
 
 
 def database(tmp_path: Path) -> Path:
-    """Return a database of the demo site in the folder, made at the first call."""
+    """Return a database of the demo site in the folder; the first call creates it."""
     path = tmp_path / "demo.sqlite3"
     if not path.exists():
         done = manage("migrate", "--verbosity=0", DEMO_DATABASE=str(path))
@@ -210,7 +211,7 @@ def manage(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def request(url: str, method: str = "GET", seconds: float = 20) -> int:
-    """Return the status of the answer, or 0 if none came."""
+    """Return the status of the response, or 0 if there is none."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=seconds) as response:
             response.read()
@@ -235,7 +236,7 @@ def get(url: str, seconds: float = 10, **headers: str) -> bytes:
 
 
 def describe(port: int, token: str = "") -> dict[str, Any]:
-    """Return what the endpoint at the port says of itself; nothing if none is there."""
+    """Return how the endpoint at the port describes itself; nothing if there is none."""
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
         about: dict[str, Any] = json.loads(get(f"http://127.0.0.1:{port}/", 5, **headers))
@@ -245,7 +246,7 @@ def describe(port: int, token: str = "") -> dict[str, Any]:
 
 
 def log_in(url: str, name: str, password: str) -> bytes:
-    """Return the body of a page that asks for a login first; of its refusal, if that is the answer."""
+    """Return the body of a page that requires a login; the body of the error, if it is refused."""
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
     with opener.open(url, timeout=20) as form:
         (token,) = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', form.read().decode())
@@ -259,7 +260,7 @@ def log_in(url: str, name: str, password: str) -> bytes:
 
 
 def parse(text: str) -> dict[str, float]:
-    """Return the samples of an exposition by name and labels, as they are written."""
+    """Return the samples of an exposition by name and labels, in exposition format."""
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -315,9 +316,9 @@ class Prometheus:
         return {series["metric"].get("instance", ""): float(series["value"][1]) for series in result}
 
     def count(self, metric: str) -> float:
-        """Return what Prometheus has counted, over all resets and all instances, the first value included.
+        """Return the total that Prometheus has counted, over all resets and instances, including first values.
 
-        PromQL's increase() does the same with the samples of a range, but for the first value of a new series.
+        PromQL's increase() does the same for a range of samples, except that it ignores the first value of a series.
         """
         total = 0.0
         for series in self.ask("query", query=f"{metric}[1h]")["result"]:
@@ -336,7 +337,7 @@ class Prometheus:
 def prometheus(
     program: str, folder: Path, port: int, config: str | None = None, change_rules: Callable[[str], str] = str
 ) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's own configuration and rules, or another; only the pace is the test's."""
+    """Run Prometheus with the project's configuration and rules, or others, but with intervals of one second."""
     (folder / "targets").mkdir()
     (folder / "rules").mkdir()
     for path in (ROOT / "prometheus/rules").iterdir():
@@ -358,7 +359,7 @@ def prometheus(
 
 
 def how_they_ended(folder: Path, ports: Iterable[int]) -> str:
-    """Return how the last holders of these ports ended, as their ledgers tell: in an orderly way, or at once."""
+    """Return how the last holders of these ports ended, according to their ledgers: `sealed` or `at once`."""
     seals = [(folder / f"{port}.ledger").read_bytes()[SEAL_AT : SEAL_AT + 4] for port in ports]
     unsealed = seals.count(OPEN.to_bytes(4, sys.byteorder))
     assert unsealed in (0, len(seals)), f"{unsealed} of {len(seals)} ledgers are not sealed"
@@ -366,14 +367,14 @@ def how_they_ended(folder: Path, ports: Iterable[int]) -> str:
 
 
 def accepts(port: int) -> bool:
-    """Return whether somebody takes connections at a port of this machine."""
+    """Return whether a port of this machine accepts connections."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
         return True
     return False
 
 
 def listening_ports(pid: int) -> set[int]:
-    """Return the TCP ports at which a process holds a listening socket, forked copies included."""
+    """Return the TCP ports on which a process has a listening socket open, inherited ones included."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):

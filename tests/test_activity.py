@@ -1,4 +1,4 @@
-"""What a process remembers of its last minutes."""
+"""The samples that a process keeps of its last five minutes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.servers import SECONDS
 
 
 def count_requests(registry: CollectorRegistry, namespace: str = "") -> tuple[Counter, Histogram]:
-    """Make the two metrics that django-prometheus' middleware makes."""
+    """Create the two metrics that django-prometheus' middleware creates."""
     return (
         Counter(REQUESTS, "Requests.", namespace=namespace, registry=registry),
         Histogram(LATENCY, "Latency.", namespace=namespace, registry=registry),

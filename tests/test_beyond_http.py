@@ -1,4 +1,4 @@
-"""Processes that serve no Django requests: the programs of docs/beyond-http.md, run as they stand there."""
+"""Processes that serve no Django requests: the programs of docs/beyond-http.md, run unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.servers import (
 pytestmark = pytest.mark.servers
 
 PAGE = (ROOT / "docs/beyond-http.md").read_text()
-# The code blocks that begin with the name of a file.
+# The code blocks that start with a file name.
 PROGRAMS = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 COUNT = 200
 POOLS = {
@@ -44,7 +44,7 @@ POOLS = {
     "solo": ["--pool=solo"],
 }
 RECYCLE = "--max-tasks-per-child=10"
-# Run in each process of the shop before all else: a program that ends says which ports it bound.
+# Runs first in each process of the shop: at exit it prints the ports that the program bound.
 REPORT = """
 import atexit, sys
 
@@ -55,7 +55,7 @@ atexit.register(lambda: print("BOUND", sorted(bound - {0})))
 
 
 class Shop:
-    """The page's Django project, and what the processes that it runs as have counted."""
+    """The Django project of the page, and the counts of its processes."""
 
     def __init__(self, folder: Path, ports: range) -> None:
         *self.ports, self.server_port, self.redis_port = ports
@@ -91,7 +91,7 @@ class Shop:
         return running(sys.executable, *arguments, log=self.folder / "shop.log", **self.env)
 
     def python(self, *arguments: str) -> str:
-        """Run Python to its end and return what it printed."""
+        """Run Python until it ends, and return its output."""
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=ROOT,
@@ -105,18 +105,18 @@ class Shop:
         return done.stdout
 
     def live(self) -> dict[int, int]:
-        """Return the pid behind each port that answers."""
+        """Return the pid of each live port."""
         return {port: about["pid"] for port in self.ports if (about := describe(port))}
 
     def packed(self) -> float:
         return sum(scrape(port).get("shop_packed_total", 0) for port in self.live())
 
     def wait_for_count(self, child: Child, count: int) -> None:
-        """Wait until exactly so much is counted, when all the work is done: a port is dark until a successor has it."""
+        """Wait until the total is right: between a worker and its successor, the counts of a port are not visible."""
         child.wait_until(lambda: self.packed() == count, f"{count} pieces of work are counted")
 
     def wait_for(self, child: Child, processes: int, gone: int = 0) -> dict[int, int]:
-        """Wait until so many processes answer, on the lowest ports, and none of them is the one that is gone."""
+        """Wait until this many processes answer on the lowest ports, without the process that is gone."""
 
         def answering() -> dict[int, int]:
             live = self.live()
@@ -159,7 +159,7 @@ def test_celery_counts_each_task_once(pool: str, shop: Shop, redis: None, row: R
 
 def test_what_the_parent_counted_is_in_no_childs_counts(shop: Shop, redis: None) -> None:
     tasks = shop.folder / "shop/tasks.py"
-    # As a database back end that counts connections does, when something at start-up makes a query.
+    # As a database backend that counts connections does if something makes a query at start-up.
     tasks.write_text(f"{tasks.read_text()}\nPACKED.inc(1000)\n")
     with shop.run(*celery(*POOLS["prefork"], RECYCLE)) as child:
         before = shop.wait_for(child, 4)
@@ -192,7 +192,7 @@ def test_a_grpc_server_counts_each_call_once(processes: int, shop: Shop, row: Ro
     script = f"""
 import grpc
 
-for _ in range(20):  # each is a connection of its own
+for _ in range(20):  # each opens a connection
     with grpc.insecure_channel("{address}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         pack = channel.unary_unary("/shop.Shop/Pack")
         for number in range({COUNT // 20}):
@@ -262,9 +262,9 @@ def test_the_targets_of_a_service_have_its_range_and_label(shop: Shop) -> None:
 def check(
     shop: Shop, program: Sequence[str], work: Callable[[], object], processes: int, *, recycled: bool = False
 ) -> str:
-    """Work, kill a process, work again: all is counted. A forked child has a successor, a program is started again.
+    """Work, kill a process, work again, and check that everything is counted.
 
-    Return how the processes ended when they were told to stop.
+    A forked child is replaced, a program is started again. Return how the processes ended when they were told to stop.
     """
     with contextlib.ExitStack() as stack:
         child = stack.enter_context(shop.run(*program))
@@ -274,7 +274,7 @@ def check(
             child.wait_until(lambda: not set(first.values()) & set(child.children()), "all children were replaced")
         shop.wait_for_count(child, COUNT)
         live = shop.wait_for(child, processes)
-        # A parent holds no port, and runs nothing of what is counted.
+        # A parent holds no port and runs no code that counts.
         assert set(live.values()) == (set(child.children()) if processes > 1 else {child.pid})
         assert processes == 1 or not listening_ports(child.pid)
 
@@ -294,7 +294,7 @@ def check(
 
 
 def stop(child: Child) -> None:
-    """Stop a program as an operator does; it leaves no process behind."""
+    """Stop a program as an operator does, and check that it leaves no process behind."""
     child.process.terminate()
     try:
         child.process.wait(SECONDS)
@@ -325,7 +325,7 @@ assert [result.get(timeout={SECONDS}) for result in results] == list(range({COUN
 
 
 def serve(module: str, processes: int, *address: object) -> list[str]:
-    """Return the words after `python` that run a server of the page in one process, or in several."""
+    """Return the arguments of `python` that run a server of the page, in one process or several."""
     arguments = ", ".join(map(repr, address))
     call = f"serve({arguments})" if processes == 1 else f"keep_running({processes}, serve, {arguments})"
     return ["-c", f"from shop.{module} import serve; from shop.processes import keep_running; {call}"]

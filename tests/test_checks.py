@@ -1,4 +1,4 @@
-"""Each wrong setting is one check with an id, and the settings are read at use."""
+"""Each wrong setting is reported by one check with an id, and settings are read at use."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMETHEUS_METRICS_EXPORT_PORT_RANGE": range(8001, 8050)}, ["E004"]),
     ({"PROMPORTS_ADDRESS": "localhost", "PROMPORTS_PORT_RANGE": "", "PROMPORTS_ENABLED": 1}, ["E001", "E002", "E009"]),
 ]
-# Those that settings alone do not produce; each has a test of its own below, or in the module of tests that is named.
+# Checks that settings alone do not trigger; each has a test below, or in the test module that is named.
 ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003", "W007"}
 ELSEWHERE |= {"W005", "W006", "W008"}  # test_read_only, test_platforms, test_odd_settings
 GOOD: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ GOOD: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def pem_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with certificates, keys and tokens, good and bad."""
+    """A folder with valid and invalid certificates, keys and tokens."""
     folder = tmp_path_factory.mktemp("pem")
     authority = trustme.CA()
     issued, other = authority.issue_cert("127.0.0.1"), authority.issue_cert("127.0.0.1")
@@ -122,7 +122,7 @@ def pem_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def plain_machine(tmp_path: Path, pem_files: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default settings, and the kernel's defaults: a machine's own numbers are its operator's to choose."""
+    """Default settings, and the kernel's default port numbers instead of those of this machine."""
     del settings.PROMPORTS_PORT_RANGE
     settings.PROMPORTS_LEDGER_DIR = tmp_path / "missing"
     for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
@@ -174,7 +174,7 @@ def test_ids_are_unique_and_each_is_produced_by_a_test() -> None:
 def test_uwsgi_without_threads_is_an_error(
     options: dict[str, object], ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # uWSGI's own module is there inside uWSGI only; test_servers.py runs it.
+    # The module uwsgi exists only inside uWSGI; test_servers.py runs it.
     monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(opt=options))
 
     messages = checks.check_settings()
@@ -219,7 +219,7 @@ def test_the_hint_translates_the_settings_of_django_prometheus(
 
     assert message.id == "promports.E004"
     assert message.hint is not None
-    assert message.hint.endswith(f" and write {new}")
+    assert message.hint.endswith(f" and set {new}")
 
 
 @pytest.mark.skipif(not Path("/proc/sys/net/ipv4/ip_local_port_range").exists(), reason="not Linux")
@@ -315,7 +315,7 @@ def test_a_ledger_folder_that_others_could_use_is_an_error(unsafe: str, settings
 
 
 def test_a_ledger_folder_of_another_user_is_a_warning(settings: Settings, tmp_path: Path) -> None:
-    # The user who runs a command need not be the one who runs the workers.
+    # The user who runs a command may differ from the one who runs the workers.
     folder = Path("/") if os.geteuid() else tmp_path / "ledgers"
     if not os.geteuid():
         folder.mkdir(mode=0o700)
@@ -388,7 +388,7 @@ def test_a_worker_does_not_log_that_requests_are_not_counted(free_ports: range, 
 
 
 def test_a_project_without_urls_has_a_name_and_a_ledger_folder_all_the_same(settings: Settings) -> None:
-    # As a gRPC server or a daemon has that calls settings.configure().
+    # As in a gRPC server or a daemon that calls settings.configure().
     del settings.ROOT_URLCONF
     del settings.PROMPORTS_LEDGER_DIR
 

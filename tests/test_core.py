@@ -1,4 +1,4 @@
-"""The core counts, renders and serves where Django cannot be imported."""
+"""The core counts, renders and serves when Django cannot be imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from django_promports.ledger import Ledger
 from tests.servers import ROOT
 
-# What reads the settings, answers the framework's hooks, or is a command.
+# Modules that read the settings, implement Django's hooks, or are commands.
 DJANGO_FACE = {"apps", "checks", "conf", "discovery", "urls", "views", "worker"}
 WITHOUT_DJANGO = """
 import sys

@@ -1,4 +1,4 @@
-"""The demo tells its story and leaves nothing behind."""
+"""The demo runs, agrees with what it sent, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_kept_demo_runs_until_it_is_told_to_stop(tmp_path: Path) -> None:
 
 
 def _find_login(output: str) -> tuple[str, str, str]:
-    """Return the address of the site's page, and who may see it."""
+    """Return the address of the site's page, with a user name and a password."""
     found = re.search(r"page +(http://127.0.0.1:\d+/metrics/) +\(log in as (\w+) with (\S+)\)", output)
     assert found, output
     address, name, password = found.groups()

@@ -1,4 +1,4 @@
-"""The README says what the code does, and all of it."""
+"""The README and the other documents agree with the code."""
 
 from __future__ import annotations
 
@@ -84,14 +84,25 @@ def test_install_settings_and_a_first_look_fit_in_thirty_lines() -> None:
         "MIDDLEWARE",
         "curl ",
         "export_targets",
+        "your own code makes with `prometheus_client`",
+        "loopback by default",
+        "docs/page-site.png",
     ):
         assert needed in start
 
 
 def test_each_local_link_leads_somewhere() -> None:
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("prometheus/*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(path), f"{page.name}: {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes from the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_only_conf_reads_the_settings() -> None:

@@ -1,4 +1,4 @@
-"""The endpoint's HTTP: what is answered, and that nobody can keep it from answering."""
+"""The HTTP of the endpoint: its responses, and that no client can keep it from responding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;versi
 
 
 class Served:
-    """An endpoint in this process, and a client for it."""
+    """An endpoint in this process, with a client."""
 
     def __init__(self, endpoint: Endpoint, port: int, tls: ssl.SSLContext | None) -> None:
         self.endpoint, self.port, self.tls = endpoint, port, tls
@@ -488,7 +488,7 @@ def test_a_peer_that_hangs_up_is_no_news(
 
 
 class Broken:
-    """A collector that raises until it is mended."""
+    """A collector that raises until it is repaired."""
 
     broken = True
 
@@ -587,7 +587,7 @@ def test_an_answer_that_raises_anything_costs_only_itself(
 
 
 def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
-    """Raise an error in the thread, wherever it is, as debuggers and time limits do."""
+    """Raise an error asynchronously in the thread, as debuggers and time limits do."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error))
 
 
@@ -609,7 +609,7 @@ def test_a_thread_that_anything_ends_is_replaced_and_it_is_said_once(
                 pass
             return not thread.is_alive() and endpoint_thread() is not None
 
-        wait_until(is_replaced, "another thread goes on")
+        wait_until(is_replaced, "another thread replaces it")
         assert served.ask()[0] == 200
     served.endpoint.pause()
     assert endpoint_thread() is None
@@ -619,7 +619,7 @@ def test_a_thread_that_anything_ends_is_replaced_and_it_is_said_once(
     assert endpoint_thread() is None
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "promports-endpoint ended" in line] == said[:1]
-    assert "ended (SystemExit); another one goes on" in said[0]
+    assert "ended (SystemExit); another one replaces it" in said[0]
 
 
 def test_an_error_that_comes_at_any_moment_leaves_the_endpoint_answering(
@@ -641,7 +641,7 @@ def test_an_error_that_comes_at_any_moment_leaves_the_endpoint_answering(
             raise_in(thread, SystemExit)
 
     wait_until(lambda: _answers(served), "the endpoint answers")
-    # One that comes in the middle of Python's own accept() costs a descriptor, which nobody knows then.
+    # An exception in the middle of Python's accept() leaks a descriptor that no code can close.
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 15, "nearly all descriptors are closed", 5)
     assert len(caplog.records) < 10
 

@@ -1,4 +1,4 @@
-"""Nothing counted is ever lost: a real Prometheus, real gunicorn, recycling, reloads and kills under load."""
+"""No count is lost: a real Prometheus, real gunicorn, recycling, reloads and kills under load."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from tests.servers import (
 )
 
 WORKERS = 4
-# What is asked, and the series that count it. django-prometheus' metric is made when its middleware is loaded, the
-# shop's when Django imports the URLconf, which it does at the first request.
+# The requests, and the series that count them. django-prometheus creates its metric when its middleware is loaded, the
+# shop when Django imports the URLconf, at the first request.
 COUNTED = {
     ("GET", "/"): ("django_http_requests_total_by_view_transport_method_total", 'view="index"'),
     ("GET", "/search/?q=g"): ("shop_search_seconds_count", ""),
     ("POST", "/teas/1/order/"): ("shop_orders_total", 'tea="Assam"'),
 }
-# A histogram and a summary, in all their parts.
+# A histogram and a summary, with all their samples.
 PARTS = ["shop_search_seconds_bucket", "shop_search_seconds_sum", "shop_ordered_grams_count", "shop_ordered_grams_sum"]
 
 
 class Traffic:
-    """Requests from several threads until stop(): how many were answered, and how many may be counted all the same."""
+    """Requests from several threads until stop(): how many were answered, and how many others may have been counted."""
 
     def __init__(self, address: str, threads: int = 4) -> None:
         self.answered: Counter[tuple[str, str]] = Counter()
@@ -68,7 +68,7 @@ class Traffic:
             try:
                 status = self._ask(*asked)
             except ConnectionRefusedError:
-                continue  # nobody can have counted it
+                continue  # it cannot have been counted
             with self._lock:
                 (self.answered if status in (200, 201) else self.unanswered)[asked] += 1
 
@@ -105,7 +105,7 @@ def reload_twice(site: Site, seconds: float) -> None:
         assert sorted(site.live()) == sorted(before), "the new workers have the ports of the old ones"
 
 
-# The options of gunicorn, what happens meanwhile, and how wide the range is.
+# The options of gunicorn, what happens during the test, and the size of the range.
 SCENARIOS: dict[str, tuple[list[str], Callable[[Site, float], None], int]] = {
     "plain": ([], do_nothing, 12),
     "recycle": (["--max-requests", "50"], do_nothing, 12),
@@ -159,7 +159,7 @@ def test_prometheus_counts_every_answered_request_once_over_a_restart(
 def watched(
     program: Callable[[str], str], free_ports: range, tmp_path: Path, width: int
 ) -> Iterator[tuple[Prometheus, Sequence[int]]]:
-    """Run Prometheus at 1 s scrapes over so many ports; give it, and the ports of gunicorn."""
+    """Run Prometheus with a scrape interval of 1 s over this many ports; give it, and the ports of gunicorn."""
     *metric_ports, site_port, prometheus_port = [*free_ports[:width], *free_ports[-2:]]
     with prometheus(program("prometheus"), tmp_path, prometheus_port) as server:
         export_targets(tmp_path / "targets/django.json", metric_ports)
@@ -167,7 +167,7 @@ def watched(
 
 
 def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
-    """Assert that ledgers and Prometheus have each answered request once, and at most once what was not answered."""
+    """Assert that ledgers and Prometheus count each answered request once, and unanswered ones at most once."""
     site.child.wait_until(lambda: len(site.live()) == WORKERS, "all workers answer again")
     for asked, (metric, label) in COUNTED.items():
         answered, unanswered = traffic.answered[asked], traffic.unanswered[asked]
@@ -175,7 +175,7 @@ def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
         assert answered > 30
         assert answered <= in_ledgers <= answered + unanswered, f"{metric}\n{site.child.output()}"
     for metric, label in [*COUNTED.values(), *((part, "") for part in PARTS)]:
-        expected = pytest.approx(total(site, metric, label))  # sums are floats, added in another order
+        expected = pytest.approx(total(site, metric, label))  # float sums, added in a different order
 
         def counted(metric: str = metric, label: str = label, expected: object = expected) -> bool:
             return server.count(f"{metric}{{{label}}}") == expected
@@ -185,7 +185,7 @@ def check(server: Prometheus, site: Site, traffic: Traffic) -> None:
 
 
 def total(site: Site, metric: str, label: str) -> float:
-    """Return the sum over all workers, as they show it now."""
+    """Return the sum over all workers now."""
     samples = [sample for port in site.live() for sample in scrape(port).items()]
     return sum(
         value for name, value in samples if name.startswith(metric) and name[len(metric) :][:1] in "{" and label in name
@@ -232,7 +232,7 @@ def test_without_ledgers_all_that_living_workers_counted_is_there(free_ports: ra
 def test_a_process_that_finds_all_ledgers_taken_counts_in_memory_and_says_so(free_ports: range, tmp_path: Path) -> None:
     folder = tmp_path / "ledgers"
     make_folder(folder)
-    # As by containers that share the folder, each with ports of its own.
+    # As in containers that share the folder but not their ports.
     ledgers = [Ledger(folder / f"{port}.ledger", "demo_site.settings") for port in free_ports[:3]]
     with contextlib.ExitStack() as stack:
         for ledger in ledgers:
@@ -256,7 +256,7 @@ def test_a_port_whose_ledger_is_taken_is_passed_over(free_ports: range, tmp_path
 def test_in_a_folder_that_is_not_safe_workers_count_in_memory(
     mode: int | None, free_ports: range, tmp_path: Path
 ) -> None:
-    database(tmp_path)  # by a command, which the wrong folder would keep from running
+    database(tmp_path)  # by a command, which would not run with the wrong folder
     folder = tmp_path / "ledgers"
     if mode is None:
         (tmp_path / "elsewhere").mkdir()

@@ -1,4 +1,4 @@
-"""The target list: what is in it for which options, and what a wrong option leaves alone."""
+"""The target list for each option, and the errors of wrong options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from django_promports.stopping import stop_signals
 from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python, sign
 from tests.servers import ROOT, SECONDS, Child, manage, running
 
-# Nothing is claimed where these two are used.
+# Tests that use these two claim no port.
 HTTP = ["127.0.0.1:19100", "127.0.0.1:19101"]
 
 
@@ -120,7 +120,7 @@ def test_live_leaves_out_free_ports_and_other_programs(
     django_promports.start()
     foreign = answering(free_ports[1], b"220 mail ESMTP\r\n")
     with foreign, endpoint(free_ports, project="another"), endpoint(free_ports):
-        # On the other hosts nothing answers.
+        # The other hosts do not answer.
         out, err = call("export_targets", "--live", *arguments)
         labelled, _ = call("export_targets", "--live", "--worker-label", *arguments)
 
@@ -159,7 +159,7 @@ def test_live_asks_with_the_sites_own_certificate_and_token(
     assert shown.splitlines()[-1].startswith("1 live, 14 of 15 ports free")
 
 
-# A process of its own, because what never ends cannot be stopped in this one.
+# A separate process, because an endless loop could not be stopped in this one.
 MANAGE = "from django.core.management import execute_from_command_line as run; import sys; run(sys.argv)"
 
 
@@ -228,9 +228,9 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
         ([], {"TARGET_HOST": "web1:19100"}, "PROMPORTS_TARGET_HOST is 'web1:19100', .* has a port in it; .*"),
         ([], {"TARGET_LABELS": {"__x": "y"}}, "PROMPORTS_TARGET_LABELS is .* '__x' begins with two underscores, .*"),
         (["--label", "__x=y"], {}, "--label '__x=y' cannot be used: '__x' begins with two underscores, .*"),
-        (["--label", "9x=y"], {}, "--label '9x=y' cannot be used: '9x' is no label name; use letters, digits .*"),
-        (["--label", "a-b=y"], {}, "--label 'a-b=y' cannot be used: 'a-b' is no label name; use letters, digits .*"),
-        (["--label", "=y"], {}, "--label '=y' cannot be used: '' is no label name; use letters, digits .*"),
+        (["--label", "9x=y"], {}, "--label '9x=y' cannot be used: '9x' is not a label name; use letters, digits .*"),
+        (["--label", "a-b=y"], {}, "--label 'a-b=y' cannot be used: 'a-b' is not a label name; use letters, digits .*"),
+        (["--label", "=y"], {}, "--label '=y' cannot be used: '' is not a label name; use letters, digits .*"),
         (["--label", "x"], {}, "--label 'x' has no '='; write --label NAME=VALUE."),
         (["--label", "x=a\nb"], {}, r"--label 'x=a\\nb' cannot be used: .*"),
         (
@@ -239,17 +239,21 @@ def test_a_changed_list_replaces_the_file(tmp_path: Path) -> None:
             "--host .* 'web1:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE.",
         ),
         (["--host", "[::1]:9100"], {}, r"--host .* '\[::1\]:9100' has a port in it; .*"),
-        (["--host", "web1", "--host", "a b"], {}, "--host cannot be used: 'a b' is no host name and no IP address."),
-        (["--host", ""], {}, "--host cannot be used: '' is no host name and no IP address."),
+        (
+            ["--host", "web1", "--host", "a b"],
+            {},
+            "--host cannot be used: 'a b' is neither a host name nor an IP address.",
+        ),
+        (["--host", ""], {}, "--host cannot be used: '' is neither a host name nor an IP address."),
         (
             ["--worker-label", "--label", "worker=a"],
             {},
-            "The label 'worker' is set already; .* leave out --worker-label.",
+            "The label 'worker' is already set; .* leave out --worker-label.",
         ),
-        (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is set already; rename it, or .*"),
+        (["--worker-label"], {"TARGET_LABELS": {"worker": "a"}}, "The label 'worker' is already set; rename it, or .*"),
         (["--format", "xml"], {}, "Error: argument --format: invalid choice: 'xml' .*"),
         *(
-            (["--watch", text], {}, f"Error: argument --watch: '{text}' is no number of seconds above 0")
+            (["--watch", text], {}, f"Error: argument --watch: '{text}' is not a number of seconds above 0")
             for text in ("0", "-1", "x", "nan", "1e9")
         ),
         *(
@@ -309,14 +313,14 @@ def test_an_output_that_cannot_be_written_says_why(output: str, reason: str, tmp
 
 
 def test_a_read_only_folder_says_so_and_keeps_its_file() -> None:
-    # Everything is imported before, because a user without privileges may be unable to.
+    # Everything is imported first, because an unprivileged user may be unable to.
     code = (
         "import sys, django\nfrom io import StringIO\nfrom django.core.management import call_command\n"
         "django.setup()\nfrom django_promports.management.commands.export_targets import Command\n"
         "call_command(Command(), stdout=StringIO())\n"
         f"{BECOME_NOBODY}call_command(Command(), '--output', sys.argv[1])"
     )
-    # pytest's own folders cannot be entered by another user.
+    # Another user cannot enter pytest's folders.
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "django.json")
         output.write_text("old\n")
@@ -359,7 +363,7 @@ def test_manage_py_fails_with_the_reason_on_standard_error(
 
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
-    """Serve an endpoint of the site, as a process of its own knows it."""
+    """Serve an endpoint of the site that describes itself as another process."""
     return endpoint(ports, project="demo_site.settings")
 
 
@@ -385,7 +389,7 @@ def test_hosts_come_from_the_command_line_and_from_a_file(settings: Settings, tm
             ["old:1"],
             (
                 "CommandError: --hosts-file - cannot be used:\n"
-                "line 3: 'b\\\\xfccher' is no host name and no IP address\n"
+                "line 3: 'b\\\\xfccher' is neither a host name nor an IP address\n"
                 "line 4: 'WEB1' is in line 1 already\n"
                 "line 5: 'web2:19100' has a port in it; the ports come from PROMPORTS_PORT_RANGE\n"
             ),
@@ -419,13 +423,13 @@ def test_hosts_come_from_standard_input(
     ("address", "said"),
     [
         ("0.0.0.0", ""),
-        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.\n"),
+        ("127.0.0.1", "PROMPORTS_ADDRESS is a loopback address: it cannot be reached from outside the pod.\n"),
     ],
 )
 def test_kubernetes_gets_the_range_and_the_settings(
     address: str, said: str, settings: Settings, tmp_path: Path
 ) -> None:
-    settings.ROOT_URLCONF = "Tea_Shop.urls"  # what the project is known by, in tests
+    settings.ROOT_URLCONF = "Tea_Shop.urls"  # the name of the project in tests
     settings.PROMPORTS_ADDRESS = address
     settings.PROMPORTS_PORT_RANGE = [19100, 19105]
     settings.PROMPORTS_TARGET_LABELS = {"site": "shop"}
@@ -444,7 +448,7 @@ def test_kubernetes_gets_the_range_and_the_settings(
 
 
 def _list(path: Path) -> list[str]:
-    """Return the targets of a target file, none while there is no file."""
+    """Return the targets of a target file; none if there is no file."""
     groups = json.loads(path.read_text()) if path.exists() else []
     return [target for group in groups for target in group["targets"]]
 
@@ -551,7 +555,7 @@ def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, 
             return lists(free_ports[0])
 
         child.wait_until(answer_a_look, "the worker is listed, and not the program that says nothing")
-        # From now on neither says anything.
+        # From now on neither prints anything.
         with worker(free_ports) as port:
             child.wait_until(lambda: lists(free_ports[0], port), "another worker is listed too")
 
@@ -580,7 +584,7 @@ def test_a_watch_that_is_wrong_from_the_start_ends(free_ports: range, folder: Pa
 
 
 def test_only_a_file_can_be_watched() -> None:
-    with pytest.raises(CommandError, match=r"^--watch keeps a file current; name it with --output FILE\.$"):
+    with pytest.raises(CommandError, match=r"^--watch keeps a file current; set it with --output FILE\.$"):
         call("export_targets", "--watch", "1")
 
 
@@ -590,7 +594,7 @@ def test_a_signal_waits_until_what_was_begun_is_done() -> None:
     with stop_signals() as told_to_stop:
         before = told_to_stop(0)
         os.kill(os.getpid(), signal.SIGTERM)
-        # A second signal finds what was there before.
+        # A second signal meets the previous handler.
         assert signal.getsignal(signal.SIGTERM) == usual
         after = told_to_stop(SECONDS)
 
@@ -599,7 +603,7 @@ def test_a_signal_waits_until_what_was_begun_is_done() -> None:
 
 
 def _check(*arguments: str) -> tuple[list[list[str]], str]:
-    """Return the cells of the report, and what is not well."""
+    """Return the cells of the report, and the error message."""
     out = StringIO()
     try:
         call_command("export_targets", "--check", *arguments, stdout=out, no_color=True)
@@ -658,7 +662,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         [str(free_ports[5]), "other", f"the endpoint answers '401 Unauthorized': {REFUSALS['key']}"],
         [str(free_ports[6]), "live", "pid 2, /metrics: no answer in 2 s"],
     ]
-    assert wrong == "Not all is well: 6 of 7 ports cannot be scraped."
+    assert wrong == "Check failed: 6 of 7 ports cannot be scraped."
 
 
 class SlowCollector(Collector):
@@ -688,7 +692,7 @@ def test_a_check_wants_a_live_worker_at_each_host(
     settings.PROMPORTS_PORT_RANGE = free_ports[:1]
 
     with endpoint(free_ports):
-        assert _check(*arguments)[1] == (wrong and f"Not all is well: {wrong}")
+        assert _check(*arguments)[1] == (wrong and f"Check failed: {wrong}")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/unix"), reason="not Linux")
@@ -698,7 +702,7 @@ def test_a_check_fails_while_a_process_waits_for_a_port(free_ports: range, setti
     assert sign is not None
 
     with endpoint(free_ports), sign:
-        assert _check()[1] == "Not all is well: 1 process waits for a port and is not metered."
+        assert _check()[1] == "Check failed: 1 process waits for a port and is not metered."
 
 
 def test_a_check_names_a_host_that_does_not_exist(settings: Settings, free_ports: range) -> None:
@@ -725,7 +729,7 @@ def test_the_exit_status_of_a_check_is_for_scripts(free_ports: range) -> None:
     assert (well.returncode, well.stderr) == (0, "")
     assert (idle.returncode, idle.stderr) == (
         1,
-        "CommandError: Not all is well: no worker is live at 127.0.0.1.\n",
+        "CommandError: Check failed: no worker is live at 127.0.0.1.\n",
     )
     assert idle.stdout == f"127.0.0.1:{free_ports[0]}  free\n"
 

@@ -77,7 +77,7 @@ def ask_prometheus_client(binding: Any, accept: str, encoding: str, names: Seque
 
 
 def complete(steps: Iterator[None]) -> tuple[Any, int]:
-    """Return what the generator returns, and how often it gave the interpreter up before."""
+    """Return the result of the generator, and how often it yielded."""
     count = 0
     while True:
         try:
@@ -151,7 +151,7 @@ EXEMPLARS = st.one_of(
 
 
 class Stamped(Collector):
-    """Metrics of other kinds, with timestamps, as a custom collector makes them."""
+    """Metrics of other types, with timestamps, as custom collectors make them."""
 
     def __init__(self, name: str, numbers: list[float]) -> None:
         self.name, self.numbers = name, numbers
@@ -328,7 +328,7 @@ def test_demo_sites_registry_equals_prometheus_clients(
 
 
 def fill(registry: CollectorRegistry, views: int) -> list[Any]:
-    """Make metrics like django-prometheus'."""
+    """Create metrics like those of django-prometheus."""
     seconds = Histogram("latency_seconds", "Time.", ["view", "method"], registry=registry, buckets=(0.01, 0.1, 1, 10))
     responses = Counter("responses", "Responses.", ["status", "view"], registry=registry)
     temperature = Gauge("temperature_celsius", "Heat.", ["room"], registry=registry)
@@ -514,7 +514,7 @@ def test_created_series_can_be_left_out(registry: CollectorRegistry, tmp_path: P
 
 
 def rename_buckets(monkeypatch: pytest.MonkeyPatch, cls: type[Histogram]) -> None:
-    """Make a Histogram of a prometheus_client whose internals moved."""
+    """Make a Histogram like that of a prometheus_client with other internals."""
     init, samples, observe = cls._metric_init, cls._child_samples, cls.observe
 
     def rename(self: Any, old: str, new: str) -> None:

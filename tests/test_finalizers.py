@@ -1,4 +1,4 @@
-"""Finalizers and signal handlers that count, make series, remove them and register metrics, in the middle of that."""
+"""Finalizers and signal handlers that count, create and remove series, and register metrics while another does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import run_python
 
-# What happens in the middle of whatever else is done is recorded, so that in the end every increment is there once.
+# Everything that interrupts other code records its increments, so that the end of the test can check each of them.
 PROCESS = """
 import collections, faulthandler, gc, signal, sys, threading, time
 from pathlib import Path
@@ -84,7 +84,7 @@ if what in ("signals", "all"):
 
     def handle(number, frame):
         interfere()
-        if time.monotonic() < end:  # only now: a handler that is slower than its timer would interrupt itself for ever
+        if time.monotonic() < end:  # only now: a handler slower than its timer would interrupt itself forever
             signal.setitimer(signal.ITIMER_REAL, 0.0003)
 
     signal.signal(signal.SIGALRM, handle)

@@ -1,4 +1,4 @@
-"""Configurations in the docs are Prometheus', and the arithmetic of docs/fleet.md is right."""
+"""Prometheus accepts the configurations in the docs, and the arithmetic of docs/fleet.md is right."""
 
 from __future__ import annotations
 

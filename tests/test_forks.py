@@ -1,4 +1,4 @@
-"""A fork in the middle of everything: no child inherits a lock that nobody will release."""
+"""A fork at any moment: no child inherits a lock that is held."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.servers import ROOT
 PROCESS = """
 import logging, os, signal, sys, threading, warnings
 
-# A child that hangs is killed, and its status tells. (The watchdog of faulthandler is a thread, and does not fork.)
+# A child that hangs is killed, which shows in its status. (faulthandler's watchdog is a thread, and not inherited.)
 os.register_at_fork(after_in_child=lambda: signal.alarm(60))
 threads_at_forks = []
-# The first that is registered comes last before the fork.
+# Hooks that run before a fork run in reverse order of registration.
 os.register_at_fork(before=lambda: threads_at_forks.append(len(os.listdir("/proc/self/task"))))
 
 import django
@@ -36,7 +36,7 @@ beats = Counter("beats", "Beats.", ["who"])
 
 BUSY = """
 class Unbuffered(logging.Handler):
-    # A stream's own lock is Python's business.
+    # Python itself takes care of the locks of streams.
     def emit(self, record):
         os.write(null, self.format(record).encode())
 
@@ -62,7 +62,7 @@ def count():
 def look():
     try:
         scrape(port)
-    except OSError:  # a master has let go of it
+    except OSError:  # a master has freed its port
         pass
 
 threads = [keep(count), keep(lambda: logger.warning("beat")), keep(look)]
@@ -73,7 +73,7 @@ try:
             beats.labels("child").inc()
             logger.warning("beat")
             if sys.argv[1] == "master":
-                django_promports.start()  # at once: a child of root's waits for what becomes of its user
+                django_promports.start()  # at once: a child of a root process waits, because it may change its user
             os._exit(0 if (django_promports.port() is None) == (sys.argv[1] == "worker") else 1)
         status = os.waitpid(pid, 0)[1]
         assert status == 0, (number, status)
@@ -88,7 +88,7 @@ assert samples.get('beats_total{who="child"}', 0) == (500 if sys.argv[1] == "mas
 print("DONE")
 """
 
-# Nothing but ours is a thread here.
+# In this program only the package starts threads.
 ALONE = """
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -98,7 +98,7 @@ with warnings.catch_warnings(record=True) as caught:
             os._exit(0)
         os.waitpid(pid, 0)
 assert threads_at_forks == [1] * 50, threads_at_forks
-# Python 3.13 counts the threads after those hooks that start one again, until 3.13.10:
+# Before 3.13.10, Python 3.13 counts threads after the hooks that restart ours:
 # https://github.com/python/cpython/issues/137109
 if not (3, 13) <= sys.version_info < (3, 13, 10):
     assert not caught, [str(warning.message) for warning in caught]
@@ -126,7 +126,7 @@ def _run(script: str, kind: str, ports: range) -> list[str]:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,  # seconds: half a minute on a machine that does little else
+        timeout=300,  # seconds; it takes half a minute on an idle machine
         check=False,
     )
     assert done.returncode == 0, done.stderr[-10000:]

@@ -1,4 +1,4 @@
-"""What pip makes of the package: it installs into an environment and leaves the Django that is there as it is."""
+"""Installing the package with pip: the installed Django stays as it is."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.servers import ROOT
 pytestmark = pytest.mark.long
 
 README = (ROOT / "README.md").read_text()
-# The oldest Python that Django 6.1 runs on, and the interpreters that may have it.
+# The oldest Python that Django 6.1 supports, and the interpreters that may be it.
 OLDEST = (3, 12)
 INTERPRETERS = [sys.executable, "python3.12", "python3.13", "python3.14", "python3"]
 
 
 @pytest.fixture(scope="module")
 def interpreter() -> str:
-    """A Python that the newest Django runs on; this one, or another of the machine."""
+    """A Python that the newest Django supports: this one, or another one of the machine."""
     probe = f"import ensurepip, sys; sys.exit(sys.version_info < {OLDEST})"
     pyenv = sorted(map(str, Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python")))
     for name in [*INTERPRETERS, *pyenv]:
@@ -39,10 +39,10 @@ def interpreter() -> str:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> Path:
-    """A folder with the wheel of this tree, in which pip finds django-promports."""
+    """A folder in which pip finds a wheel of this working tree."""
     folder = tmp_path_factory.mktemp("wheels")
     source = tmp_path_factory.mktemp("source") / "tree"
-    # A copy: building must leave nothing behind in the tree, nor pack what lies about in it.
+    # A copy: the build must not leave files in the tree, nor pack untracked ones.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "docs", "tests"))
     builder = Environment(tmp_path_factory.mktemp("builder"), interpreter)
     builder.pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
@@ -50,7 +50,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> Path:
 
 
 class Environment:
-    """A virtual environment of its own."""
+    """A new virtual environment."""
 
     def __init__(self, folder: Path, interpreter: str) -> None:
         subprocess.run([interpreter, "-m", "venv", str(folder)], timeout=120, check=True)

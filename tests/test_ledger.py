@@ -1,4 +1,4 @@
-"""The file behind a port: whoever opens it next finds what was counted, or a new one, and never something else."""
+"""The file of a port: the next process finds either exactly what was counted, or a new file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Counts = dict[tuple[str, tuple[str, ...]], list[float]]
 
 
 class Clock:
-    """Stands in for the module `time` in ledger.py: no machine lets a day pass within a test."""
+    """Replaces the module `time` in ledger.py: no test can wait for a day."""
 
     monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
 
@@ -82,7 +82,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @contextlib.contextmanager
 def opened(path: Path, *, seal: bool = True, application: str = "site") -> Iterator[Ledger]:
-    """Hold a ledger; without the seal it is left as a killed holder leaves it."""
+    """Hold a ledger. Without the seal it is left as a killed holder leaves it."""
     ledger = Ledger(path, application)
     try:
         yield ledger
@@ -95,7 +95,7 @@ def add_counter(ledger: Ledger, name: str = "apples", labelnames: tuple[str, ...
 
 
 def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts: float) -> None:
-    """Add to the values of a series, made where there is none."""
+    """Add to the values of a series; create it if it does not exist."""
     first = family.series.get(labelvalues)
     if first is None:
         first = ledger.add_series(family, labelvalues, 1.5)
@@ -104,7 +104,7 @@ def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts
 
 
 def read(ledger: Ledger) -> Counts:
-    """Return created time and values of every series."""
+    """Return the created time and the values of every series."""
     return {
         (family.name, labelvalues): [
             ledger.cells[first],
@@ -116,7 +116,7 @@ def read(ledger: Ledger) -> Counts:
 
 
 def fill(ledger: Ledger) -> Counts:
-    """Count in families of every type, forget some, and return what must be found later."""
+    """Count in families of every type, forget some series, and return what must be found later."""
     apples = add_counter(ledger)
     for number in range(20):
         count(ledger, apples, (f"kind {number}",), number + 0.5)
@@ -708,7 +708,7 @@ def test_a_limit_on_file_sizes_is_an_error_and_no_signal(path: Path) -> None:
 
 
 def _skip_a_day(path: Path, clock: Clock, *, scrape: bool = True) -> None:
-    """Hold the ledger once, without counting, so that the next claim knows what is idle; a day later."""
+    """Hold the ledger once without counting, a day later, so that the next claim knows which series are idle."""
     clock.now += HOUR
     with opened(path) as ledger:
         clock.now += HOUR

@@ -1,4 +1,4 @@
-"""Conversations: what one of them does to the others, and what becomes of its result."""
+"""Conversations: how they affect each other, and where their results go."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fail(error: BaseException) -> Steps[Any]:
 
 
 def count_turns(seconds: float = 60) -> Steps[int]:
-    """Count steps until the deadline of whoever joins."""
+    """Count steps until the deadline of the conversation that joins."""
     until, steps = time.monotonic() + seconds, 0
     while time.monotonic() < until and steps < 1000:
         steps += 1
@@ -41,7 +41,7 @@ def count_turns(seconds: float = 60) -> Steps[int]:
 
 
 class Timeout(BaseException):
-    """Like that of gevent."""
+    """A timeout like that of gevent."""
 
 
 ERRORS = [RuntimeError("x"), SystemExit(3), asyncio.CancelledError(), Timeout(), MemoryError()]

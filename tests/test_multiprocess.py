@@ -1,4 +1,4 @@
-"""PROMETHEUS_MULTIPROC_DIR is an error that says what to do, and the site serves: whatever the variable names."""
+"""PROMETHEUS_MULTIPROC_DIR is an error with a hint, and the site serves requests, whatever the value is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.servers import send_requests
 
 pytestmark = pytest.mark.long
 
-# prometheus_client opens a file in the folder for each metric that is made. For root only a folder of the kernel's own
-# is one that no file can be made in.
+# prometheus_client creates a file in the folder for each metric. The only folders in which root cannot create files are
+# those of kernel file systems.
 FOLDERS = {"missing": "{tmp}/missing", "file": "{tmp}/file", "unwritable": "/proc", "good": "{tmp}", "empty": ""}
 
 
@@ -44,7 +44,7 @@ def test_the_site_serves_and_the_log_and_the_check_name_the_variable(
 
 
 def test_with_django_prometheus_too_the_cause_is_named(free_ports: range, tmp_path: Path) -> None:
-    # Its middleware makes metrics as it is loaded, so nothing of ours can keep the worker from failing to boot.
+    # django-prometheus' middleware creates metrics when it is loaded, so the worker cannot boot, whatever we do.
     env = {**write_site(tmp_path, counted=True), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
 
     check = django_admin("check", **env)

@@ -1,4 +1,4 @@
-"""Processes that are not servers hold no port, make no file and print nothing, whatever they import."""
+"""Processes that are not servers claim no port, create no file and print nothing, whatever they import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.servers import ROOT, Site, database, describe, gunicorn, listening_po
 
 pytestmark = pytest.mark.long
 
-# Each imports django.test when it is loaded, and with it django.core.wsgi.
+# Each imports django.test, and with it django.core.wsgi.
 NEIGHBOURS = [
     "wagtail",
     "wagtail.users",
@@ -33,7 +33,7 @@ NEIGHBOURS = [
     "oauth2_provider",
     "django_extensions",
 ]
-# The apps of a site beside the demo's: none, one of its own, or packages from PyPI, in an environment of their own.
+# Additional apps of the demo site: none, a local one, or packages from PyPI in a separate environment.
 SITES = [
     pytest.param([], id="demo"),
     pytest.param(["importing"], id="own-app"),
@@ -53,7 +53,7 @@ COMMANDS = {
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Write a project around the demo site: its settings are `probe_site`, its other apps those of PROBE_APPS."""
+    """Write a project around the demo site, with settings `probe_site` and the additional apps of PROBE_APPS."""
     (tmp_path / "importing").mkdir()
     for name in ("__init__", "models"):
         (tmp_path / f"importing/{name}.py").write_text("import django.test.signals\n")
@@ -92,7 +92,7 @@ def test_a_process_that_is_not_a_server_holds_no_port_makes_no_file_and_says_not
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    # Port 0 is the check of the address, and a live server's in a test.
+    # Port 0 is used by the check of the address, and by a live server in a test.
     assert "BOUND [] THREADS ['MainThread']" in done.stderr, done.stderr
     assert "WSGI True" in done.stderr or not apps, "the apps are not what they are here for"
     assert "promports" not in done.stdout + done.stderr
@@ -136,7 +136,7 @@ def test_a_test_run_beside_a_live_site_changes_no_live_counter(
         assert [site.request() for _ in range(3)] == [200] * 3
 
         tests = manage("test", "many_tests", **env)
-        # Of a port that the tests had held, the next worker would go on with the counts.
+        # If the tests had held a port, the next worker would continue its counts.
         os.kill(site.child.pid, signal.SIGTTIN)
         site.wait_for_workers(2)
 
@@ -162,7 +162,7 @@ def test_a_command_on_a_site_that_is_down_finds_no_worker(apps: list[str], free_
 def test_a_server_that_sets_django_up_early_claims_before_its_first_request(
     where: str, preload: list[str], free_ports: range, project: Path
 ) -> None:
-    """A look at the call stack, or at what is imported when the app is ready, would miss these."""
+    """The call stack and the imported modules when the app is ready do not identify these servers."""
     early = "import django\ndjango.setup()\n"
     config, wsgi = project / "early.conf.py", project / "early_wsgi.py"
     config.write_text(early if where == "gunicorn.conf.py" else "")
@@ -209,7 +209,7 @@ def test_the_parent_of_runserver_plus_builds_a_handler_and_holds_no_port(free_po
 
 
 def test_a_cache_warmer_adds_nothing_to_the_live_counters(free_ports: range, project: Path) -> None:
-    """Cache warmers and builders of static sites use the test client, outside of tests."""
+    """Cache warmers and static site generators use the test client outside of tests."""
     env = environment(project, ["importing"], free_ports)
     with gunicorn(project, free_ports, workers=1, **{**env, "DEMO_DATABASE": str(database(project))}) as site:
         (port, _), *_ = site.wait_for_workers(1).items()
@@ -248,7 +248,7 @@ class LiveTest(LiveServerTestCase):
 """
 
 FILES = {
-    # At its exit a process says whether django.core.wsgi was imported, which ports it bound, and its threads.
+    # At exit a process prints whether django.core.wsgi was imported, which ports it bound, and its threads.
     "sitecustomize.py": """
 import atexit, sys, threading
 

@@ -1,4 +1,4 @@
-"""Checks never raise, whatever the settings and the environment hold: a check that raises ends every command."""
+"""Checks never raise, whatever the settings and the environment contain: an exception would end every command."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ UNSET = object()
 
 
 class Made(NamedTuple):
-    """A value that Hypothesis itself could not show: what makes it."""
+    """A function that makes a value, for values whose repr() raises, which Hypothesis could not show."""
 
     make: Callable[[], object]
 
 
 class Hostile:
-    """Nothing that can be asked of it has an answer."""
+    """An object whose every method raises."""
 
     def _raise(self, *arguments: object) -> Any:
         raise RuntimeError("not today")
@@ -49,7 +49,7 @@ class Hostile:
 
 
 class HostileText(str):
-    """A text that equals nothing, and cannot be shown."""
+    """A string whose comparison, hash and repr() raise."""
 
     def __repr__(self) -> str:
         raise RuntimeError("not today")
@@ -79,7 +79,7 @@ class Colour(enum.IntEnum):
 
 
 def nested() -> list[object]:
-    """A list so deep that it cannot be shown."""
+    """A list that is nested too deeply for repr()."""
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -148,7 +148,7 @@ odd = st.just(UNSET) | values
 
 @pytest.fixture
 def temporary_again() -> Iterator[None]:
-    """Let tempfile choose its directory once more, and again after the test."""
+    """Make tempfile choose its directory again, before and after the test."""
     before, tempfile.tempdir = tempfile.tempdir, None
     yield
     tempfile.tempdir = before
@@ -170,7 +170,7 @@ def check() -> list[django_checks.CheckMessage]:
 @example(dict.fromkeys(PROMPORTS, Made(Hostile)), {})
 @example({}, dict.fromkeys(OTHERS, Made(Hostile)))
 @example(dict.fromkeys(PROMPORTS, UNSET), {})
-@example({}, {"MIDDLEWARE": range(10**9)})  # which nobody has the time to go through
+@example({}, {"MIDDLEWARE": range(10**9)})  # too long to iterate over
 @given(
     st.dictionaries(st.sampled_from(PROMPORTS), odd, max_size=len(PROMPORTS)),
     st.dictionaries(st.sampled_from(OTHERS), odd, max_size=2),
@@ -223,7 +223,7 @@ def test_no_environment_makes_a_check_raise(temporary_again: None, variables: di
 
 @pytest.mark.parametrize("options", [None, 8, Hostile(), {b"threads": 2}], ids=["none", "number", "hostile", "bytes"])
 def test_no_version_of_uwsgi_makes_a_check_raise(options: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    # uWSGI's own module is there inside uWSGI only.
+    # The module uwsgi exists only inside uWSGI.
     monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(opt=options))
 
     assert {"promports.W008", "promports.E014"} & {message.id for message in check()}
@@ -265,7 +265,7 @@ def _refuse() -> Any:
 def test_a_default_is_computed_only_where_the_setting_is_missing(
     module: Any, function: str, setting: str, value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A machine without a temporary directory is in test_read_only.py; here the call itself is what must not be.
+    # test_read_only.py has a machine without a temporary directory; here the call must not be made.
     monkeypatch.setattr(module, function, _refuse)
 
     with override_settings(PROMPORTS_ADDRESS="0.0.0.0", **{setting: value}):

@@ -1,4 +1,4 @@
-"""Scrapes in whose middle the site makes, registers and removes metrics, or stops: tried at every step of a scrape."""
+"""The site creates, registers or removes metrics, or stops, at every step of a scrape."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Process:
         self.ours = Exposition(self.binding)
 
     def interrupt(self, accept: str, names: tuple[str, ...], steps: int, act: Callable[[], object]) -> tuple[str, bool]:
-        """Scrape, and act after so many steps; return the text, and whether there were so many."""
+        """Scrape, and act after this many steps; return the text, and whether the scrape had that many."""
         scrape = self.ours.render(accept, "gzip", names)
         is_over = False
         for count in range(10**6):
@@ -87,7 +87,7 @@ def fill(process: Process, make: Make = make_histogram) -> list[Any]:
 
 
 def every_step(path: Path, begin: Callable[[Path], Process]) -> Iterator[tuple[int, Process]]:
-    """Begin a process on a copy of the ledger for each step of a scrape, until there are no more."""
+    """For each step of a scrape, start a process on a copy of the ledger."""
     content = path.read_bytes()
     for steps in range(1, 1000):  # before the first step it has not begun
         own = path.with_name(f"{steps}.ledger")
@@ -101,7 +101,7 @@ def every_step(path: Path, begin: Callable[[Path], Process]) -> Iterator[tuple[i
 
 
 def remade(metric: str, text: str) -> dict[str, str]:
-    """Return the samples of a metric without their created times."""
+    """Return the samples of a metric, without created times."""
     found = read(text)
     return {key: value for key, value in found.items() if key.startswith(f"{metric}_") and "_created" not in key}
 
@@ -223,7 +223,7 @@ def test_a_counter_does_not_fall_while_its_adoption_is_pending(
     thread = threading.Thread(target=process.binding.acts.do, args=[hold])  # no public act takes as long as this has to
     thread.start()
     assert held.wait(60)
-    counter.labels("GET").inc(5)  # goes on after a moment, counted in memory
+    counter.labels("GET").inc(5)  # continues after a moment, counted in memory
 
     text, _ = process.interrupt(accept, names, -1, list)
     assert read(text)['jobs_total{k="GET"}'] == "1000.0"
@@ -241,7 +241,7 @@ def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path)
     lock, inside, held, done = threading.Lock(), threading.Event(), threading.Event(), threading.Event()
 
     class Interrupted(Ledger):
-        """A finalizer runs where a series is made, in the first thread only."""
+        """A finalizer that runs while a series is created, in the first thread only."""
 
         def add_series(self, *arguments: Any) -> int:
             if threading.current_thread() is threading.main_thread():

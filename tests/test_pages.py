@@ -1,4 +1,4 @@
-"""The pages for people: what they say, to whom, and what a browser makes of them."""
+"""The HTML pages: their content, who may see them, and how a browser renders them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def render(found: Overview, own: Mapping[str, object] | None = None) -> bytes:
 
 
 class Elements(HTMLParser):
-    """The start tags of a page with their attributes, and its text outside of style and script."""
+    """The start tags of a page with their attributes, and the text outside style and script elements."""
 
     def __init__(self, page: bytes) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ print(answer.status_code, answer.content.decode())
 
 @contextlib.contextmanager
 def traffic(site: Site, pause: float = 0.05) -> Iterator[list[float]]:
-    """Send requests at an even pace, and list when each was answered."""
+    """Send requests at a constant rate, and record when each was answered."""
     answered: list[float] = []
     over = threading.Event()
 
@@ -324,7 +324,7 @@ def traffic(site: Site, pause: float = 0.05) -> Iterator[list[float]]:
 
 
 def make_users(tmp_path: Path) -> None:
-    """Give the demo site of this test a user `staff` and a user `guest`."""
+    """Create the users `staff` and `guest` in the demo site of this test."""
     code = (
         "from django.contrib.auth.models import User\n"
         f"for name in ('staff', 'guest'): User.objects.create_user(name, '', {PASSWORD!r}, is_staff=name == 'staff')"
@@ -344,7 +344,7 @@ def shown_rate(page: bytes) -> float:
 
 
 def is_near(shown: float, answered: list[float], now: float) -> bool:
-    """Whether it is the rate of the last 10 s: of as many as lie between two samples, and at a site that is busy."""
+    """Return whether this may be the request rate of the last 10 s, given the pause between samples and a busy host."""
     true = [sum(now - window < moment <= now for moment in answered) / window for window in (10.0, 12.5, 15.0, 17.5)]
     return min(true) * 0.8 <= shown <= max(true) * 1.2
 
@@ -416,14 +416,14 @@ def test_another_program_on_a_port_is_shown_as_one_whatever_it_says(free_ports: 
     elements = Elements(page)
     assert elements.names().count("script") == 1
     assert "alert(1)" not in elements.text
-    assert UNSIGNED in elements.text  # it says that it is of this site
+    assert UNSIGNED in elements.text  # it claims to belong to this site
     assert "another program has the port" in elements.text
     assert f"http://127.0.0.1:{ports[0]}/" in elements.links()
 
 
 @pytest.fixture
 def site(free_ports: range, tmp_path: Path) -> Iterator[Site]:
-    """Two workers, and users who may log in."""
+    """Two workers, and users who can log in."""
     with gunicorn(tmp_path, free_ports, workers=2) as site:
         make_users(tmp_path)
         site.wait_for_workers(2)
@@ -431,7 +431,7 @@ def site(free_ports: range, tmp_path: Path) -> Iterator[Site]:
 
 
 def see(browser: Chrome, css: str, text: str = "") -> str:
-    """Return what an element says once this is in it; a page that is drawn anew replaces its elements."""
+    """Return the text of an element once it contains this; a page that is redrawn replaces its elements."""
 
     def look() -> str:
         with contextlib.suppress(WebDriverException):
@@ -453,7 +453,7 @@ def click(browser: Chrome, css: str) -> None:
 
 
 def assert_fits(browser: Chrome, *, dark: bool) -> None:
-    """The page is no wider than the window, of a desktop and of a phone."""
+    """Assert that the page is not wider than the window of a desktop and of a phone."""
     for size in (DESKTOP, PHONE):
         resize(browser, size, dark=dark)
         content, room, window = measure_widths(browser)

@@ -1,4 +1,4 @@
-"""Another user of the machine who has a port of the range: what is sent there, and what is believed of it."""
+"""Another user of the machine holds a port of the range: what is sent to it, and which answers are trusted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ABOUT = {"application": "django_promports", "project": "this"}
 
 
 class Hostile:
-    """A program at a port that records all that it is sent, and answers as it is told."""
+    """A program at a port that records what it receives, and sends the given answer."""
 
     def __init__(self, port: int, answer: Callable[[bytes], bytes], tls: ssl.SSLContext | None = None) -> None:
         self.received: list[bytes] = []
@@ -75,13 +75,13 @@ def hostile(port: int, answer: Callable[[bytes], bytes], tls: ssl.SSLContext | N
 
 
 def pretend(request: bytes, project: str = "this") -> bytes:
-    """Answer like an endpoint of the site, as far as one can without its keys."""
+    """Answer like an endpoint of the site, as far as possible without its keys."""
     about = json.dumps({**ABOUT, "project": project}).encode()
     return b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n" + about
 
 
 def echo(request: bytes) -> bytes:
-    """Send the MACs of the probe back as those of the answer."""
+    """Return the MACs of the probe as those of the answer."""
     macs = re.search(rb"Promports-Probe: (.*)\r\n", request)
     words = macs[1].split()[-1].split(b",") if macs else []
     head = b"".join(b"Promports-Answer: 1 %s\r\n" % mac for mac in words)
@@ -89,7 +89,7 @@ def echo(request: bytes) -> bytes:
 
 
 def relay(port: int, tls: ssl.SSLContext | None = None) -> Callable[[bytes], bytes]:
-    """Pass what comes on to a real worker, and its answer back."""
+    """Forward the request to a real worker, and its answer back."""
 
     def pass_on(request: bytes) -> bytes:
         with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def ask(port: int, site: Site, path: str = "/", host: str = "127.0.0.1") -> Answ
 def guarded(
     request: pytest.FixtureRequest, settings: Settings, tmp_path: Path, free_ports: range
 ) -> ssl.SSLContext | None:
-    """A site with a token, and the context with which a program without its certificate listens."""
+    """A site with a token, and the TLS context of a program without the site's certificate."""
     (tmp_path / "token").write_text(TOKEN)
     settings.PROMPORTS_BEARER_TOKEN_FILE = tmp_path / "token"
     settings.PROMPORTS_PORT_RANGE = free_ports[:4]
@@ -217,7 +217,7 @@ def test_an_answer_that_was_recorded_proves_nothing_later(free_ports: range) -> 
     with endpoint(free_ports[1:], project="this", keys=[KEY]) as port:
         with hostile(free_ports[0], lambda request: b"") as listener:
             ask(free_ports[0], site)
-        # What a worker at the same port once answered to somebody who had a key.
+        # A recorded answer of a worker at the same port, to a probe signed with a key of the site.
         asked = proof.Asked("127.0.0.1", port, "/", f"127.0.0.1:{port}")
         probe = proof.make_probe([KEY], asked)
         request = f"GET / HTTP/1.1\r\nHost: {asked.host}\r\nAccept: application/json\r\n{proof.PROBE}: {probe.header}"

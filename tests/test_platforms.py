@@ -1,7 +1,7 @@
-"""macOS and Windows, as far as Linux can play them: what they lack is taken away before the site is imported.
+"""macOS and Windows, simulated on Linux: what they lack is removed before the site is imported.
 
-No test machine has them. Each stand-in is a sitecustomize.py that Python imports first; what it takes away is what the
-documentation of Python's os, socket, signal and select modules says is missing there.
+No test machine runs them. A sitecustomize.py, which Python imports first, removes what is missing there according to
+the documentation of Python's os, socket, signal and select modules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def hook(event, arguments):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 def close_selectors():
-    # As a kqueue, which does not survive a fork.
+    # Like a kqueue, which is not inherited by a forked child.
     for number in range(3, 256):
         try:
             if "eventpoll" in read_link(f"/proc/self/fd/{number}"):
@@ -104,13 +104,13 @@ sys.platform = "win32"
 
 @pytest.fixture
 def macos(tmp_path: Path) -> dict[str, str]:
-    """The environment in which a process takes this machine for a Mac."""
+    """The environment of a process to which this machine looks like macOS."""
     return _stand_in(tmp_path, MACOS)
 
 
 @pytest.fixture
 def windows(tmp_path: Path) -> dict[str, str]:
-    """The environment in which a process takes this machine for one that runs Windows."""
+    """The environment of a process to which this machine looks like Windows."""
     return _stand_in(tmp_path, WINDOWS)
 
 
@@ -192,7 +192,7 @@ def test_on_windows_the_check_says_once_that_no_metrics_are_served(
 ) -> None:
     env = {**write_site(tmp_path), "PYTHONPATH": f"{tmp_path}:{windows['PYTHONPATH']}"}
 
-    # What a site sets for its servers need not make sense on a laptop.
+    # Settings for servers need not be valid on a laptop.
     check = django_admin(*arguments, MINIMAL_LEDGER_DIR="run/shop", DEMO_PORT_RANGE="80", **env)
 
     assert check.returncode == 0, check.stderr

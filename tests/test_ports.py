@@ -1,4 +1,4 @@
-"""Which ports may be claimed, who gets which, and who waits."""
+"""Which ports can be claimed, which process gets which, and which processes wait."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_port_range_may_be_written_in_several_ways(value: object, expected: tu
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "it holds no port"),
-        (range(5, 5), "it holds no port"),
+        ([], "it is empty"),
+        (range(5, 5), "it is empty"),
         (range(19132, 19100), "it is reversed"),
         ("19131-19100", "it is reversed; write 19100-19131"),
         (range(65530, 65537), "65536 is outside 1..65535"),
@@ -95,14 +95,14 @@ def test_a_port_range_may_be_written_in_several_ways(value: object, expected: tu
         ("19100:19131", 'it does not parse; write it like "19100-19131"'),
         ("1e4", 'it does not parse; write it like "19100-19131"'),
         ("١٩١٠٠", 'it does not parse; write it like "19100-19131"'),
-        (None, 'it is no range; write range(19100, 19132) or "19100-19131"'),
-        (19100, 'it is no range; write range(19100, 19132) or "19100-19131"'),
-        (True, 'it is no range; write range(19100, 19132) or "19100-19131"'),
-        ({19100}, 'it is no range; write range(19100, 19132) or "19100-19131"'),
-        (b"19100", 'it is no range; write range(19100, 19132) or "19100-19131"'),
-        ([True], "True is no port number"),
-        ([19100.0], "19100.0 is no port number"),
-        (["19100"], "'19100' is no port number"),
+        (None, 'it is not a range; write range(19100, 19132) or "19100-19131"'),
+        (19100, 'it is not a range; write range(19100, 19132) or "19100-19131"'),
+        (True, 'it is not a range; write range(19100, 19132) or "19100-19131"'),
+        ({19100}, 'it is not a range; write range(19100, 19132) or "19100-19131"'),
+        (b"19100", 'it is not a range; write range(19100, 19132) or "19100-19131"'),
+        ([True], "True is not a port number"),
+        ([19100.0], "19100.0 is not a port number"),
+        (["19100"], "'19100' is not a port number"),
         ([19100, 19101, 19100], "it names a port twice"),
     ],
     ids=repr,
@@ -136,7 +136,7 @@ def test_the_address_decides_the_family(address: str, family: socket.AddressFami
 
 @pytest.mark.parametrize("address", ["localhost", "", "127.1", "127.0.0.1:80", "[::1]", "127.0.0.1 "])
 def test_what_is_no_ip_address_is_not_looked_up(address: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(repr(address))} is no IP address$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(repr(address))} is not an IP address$"):
         ports.resolve(address)
 
 
@@ -200,7 +200,7 @@ def test_a_claim_is_shared_with_nobody(free_ports: range) -> None:
 
 @pytest.fixture
 def many_free_ports() -> Iterator[range]:
-    """A few more than a hundred ports, below those of free_ports, whose blocks are shorter. The first is the guard."""
+    """More than a hundred ports, below those of free_ports, whose blocks are shorter. The first one is the guard."""
     count = 112
     for first in range(10000, 12000 - count, count):
         try:
@@ -273,5 +273,5 @@ def test_a_privileged_port_is_no_full_range(free_ports: range) -> None:
 def test_checking_an_address_takes_no_port(address: str) -> None:
     ports.check_address(address)
 
-    with pytest.raises(ValueError, match="'localhost' is no IP address"):
+    with pytest.raises(ValueError, match="'localhost' is not an IP address"):
         ports.check_address("localhost")

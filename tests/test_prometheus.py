@@ -1,4 +1,4 @@
-"""A real Prometheus: it finds the workers, counts every request, and never sees half a file."""
+"""A real Prometheus finds the workers, counts every request, and never reads an incomplete file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_prometheus_never_sees_a_file_half_written(
     path = tmp_path / "targets/django.json"
     with prometheus(program("prometheus"), tmp_path, free_ports[-1]) as server:
         for i in range(200):
-            # Long enough for a reader to meet it half-way, if there were a half.
+            # Long enough for a reader to see an incomplete file, if there were one.
             hosts = [f"10.{i}.{n // 250}.{n % 250}" for n in range(3000)] if i < 199 else ["127.0.0.1"]
             content = list(dump_json(target_groups(dict.fromkeys(hosts, (1,)), labels={})))
             assert write_file(path, content.copy)

@@ -1,7 +1,7 @@
-"""Where no folder can be written, every command works, and workers count in memory and say so once.
+"""If no folder is writable, every command works, and workers count in memory and log it once.
 
-As in a container with readOnlyRootFilesystem. In a mount namespace of its own the whole file system is read-only, for
-root too; where namespaces are not permitted, sitecustomize.py refuses what the kernel would.
+This is the case in a container with readOnlyRootFilesystem. In a new mount namespace the whole file system is
+read-only, also for root. If namespaces are not permitted, a sitecustomize.py raises the errors that the kernel would.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.servers import Site, scrape, send_requests
 
 pytestmark = pytest.mark.long
 
-# Everything but what was mounted apart, like /proc, and /dev/shm where it is to be writable. Nor has any user a name.
+# Everything except separate mounts, like /proc, and /dev/shm if it is to be writable. User names are unknown, too.
 NAMESPACE = """
 for folder in /tmp /var/tmp /usr/tmp "$PWD" {folders}; do
     if [ -d "$folder" ]; then mount --bind "$folder" "$folder"; mount -o remount,bind,ro "$folder"; fi
@@ -44,15 +44,15 @@ sys.addaudithook(hook)
 
 
 class Machine(NamedTuple):
-    """How a process is started there, with its environment."""
+    """How to start a process without a writable folder, and its environment."""
 
     wrapper: Sequence[str]
     env: dict[str, str]
 
 
-# The variables that name folders, naming what is not there.
+# The variables that name folders, set to missing ones.
 ODD = {"TMPDIR": "/nonexistent/\udcff", "TEMP": "relative", "TMP": "", "HOME": "/nonexistent"}
-# The setting, whether the check and the workers have something to say, and the environment.
+# The setting, whether the check and the workers report something, and the environment.
 FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
     "unset": (None, True, {}),
     "unset-odd": (None, True, ODD),
@@ -63,7 +63,7 @@ FOLDERS: dict[str, tuple[str | None, bool, dict[str, str]]] = {
 
 @pytest.fixture
 def shm() -> Iterator[Path]:
-    """A folder in memory, which stays writable."""
+    """A folder in /dev/shm, which stays writable."""
     folder = Path("/dev/shm", f"promports-test-{os.getpid()}")
     folder.mkdir()
     yield folder
@@ -71,7 +71,7 @@ def shm() -> Iterator[Path]:
 
 
 def read_only(tmp_path: Path, environment: dict[str, str], *, shm: bool) -> Machine:
-    """Return a machine without a writable folder, or with /dev/shm alone."""
+    """Return a machine without a writable folder, or with /dev/shm as the only one."""
     env = {**write_site(tmp_path), **environment}
     permitted = subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=30, check=False)
     if permitted.returncode == 0:
@@ -112,7 +112,7 @@ def test_commands_work(kind: str, tmp_path: Path) -> None:
 def test_workers_serve_metrics_and_say_once_that_they_count_in_memory(
     preload: list[str], kind: str, free_ports: range, tmp_path: Path, shm: Path
 ) -> None:
-    # gunicorn itself needs one folder, for the heartbeats of its workers.
+    # gunicorn itself needs a writable folder for the heartbeats of its workers.
     setting, told, environment = FOLDERS[kind]
     wrapper, env = read_only(tmp_path, environment, shm=True)
     if setting is not None:
@@ -152,7 +152,7 @@ def test_a_folder_that_was_chosen_and_cannot_be_made_is_an_error_of_each_worker_
 
 
 def _ask_until_all_have_said_so(site: Site, workers: Mapping[int, int]) -> None:
-    """A process of root's says it with its first request: until then it may be a master, which counts nothing."""
+    """Send requests until every worker has logged it. A worker that runs as root does so at its first request."""
     said = [f"What pid {pid} counts is lost" for pid in workers.values()]
     site.child.wait_until(
         lambda: site.request() == 200 and all(words in site.child.output() for words in said), "each worker said so"

@@ -1,4 +1,4 @@
-"""Rules, alerts and dashboards: unit-tested by promtool, made of series that exist, right in a real Prometheus."""
+"""Rules, alerts and dashboards: tested by promtool, with series that exist, and in a real Prometheus."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[str]:
 
 
 def variables(dashboard: dict[str, Any]) -> dict[str, str]:
-    """Return the queries of the dashboard's variables."""
+    """Return the queries of the variables of a dashboard."""
     return {
         variable["name"]: variable["query"]["query"]
         for variable in dashboard["templating"]["list"]
@@ -74,7 +74,7 @@ def variables(dashboard: dict[str, Any]) -> dict[str, str]:
 
 
 def fill_in(expression: str) -> str:
-    """Put the values for the demo into a dashboard's expression, as Grafana does."""
+    """Replace the variables of a dashboard expression by values for the demo, as Grafana does."""
     values = {"$job": "django", "$instance": ".+", "$__rate_interval": "20s"}
     for name, value in values.items():
         expression = expression.replace(name, value)
@@ -171,7 +171,7 @@ def test_every_metric_that_is_named_here_occurs_in_a_real_scrape(free_ports: ran
         site.wait_for_workers(2)
         visit_all_views(site)
         exposed = {sample.partition("{")[0] for port in site.live() for sample in scrape(port)}
-    exposed |= {name.removesuffix("_bucket") for name in exposed}  # as prose calls a histogram
+    exposed |= {name.removesuffix("_bucket") for name in exposed}  # the name of a histogram in prose
 
     assert named >= {COUNTER, "up", "promports_port", *RECORDED}
     assert named - exposed - RECORDED - MADE_BY_PROMETHEUS == set()
@@ -187,7 +187,7 @@ def visit_all_views(site: Site, times: int = 10) -> None:
 
 @contextlib.contextmanager
 def visitors(ask: Callable[[], object]) -> Iterator[None]:
-    """Call `ask` again and again in a thread of its own."""
+    """Call `ask` repeatedly in a thread."""
     ended = threading.Event()
 
     def run() -> None:
@@ -269,7 +269,7 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
                 lambda: send_requests(50, ask) and min(counts().values()) >= 20, "each worker had requests"
             )
             before = counts()
-            # A window has to begin there later, so let there be some scrapes of it.
+            # A window has to start there later, so wait for some scrapes.
             steady = f"min_over_time({COUNTER}[6s]) and count_over_time({COUNTER}[6s]) >= 5"
             server.child.wait_until(lambda: server.query(steady) == before, "Prometheus has the counts before")
             for port in ports[:3]:
@@ -288,7 +288,7 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
             seen: list[object] = []
 
             def by_hand() -> tuple[float, ...]:
-                """Return what was recorded last, what the expression gives for that time, and the sum by hand."""
+                """Return the last recorded value, that of its expression at that time, and the sum computed by hand."""
                 at, recorded = server.ask("query", query=f"{name}[30s]")["result"][0]["values"][-1]
 
                 def ask_for_value() -> str:
@@ -322,12 +322,12 @@ def test_recorded_requests_per_second_are_the_sum_of_the_workers_through_kills(
 
 
 def hurry(text: str) -> str:
-    """Shorten the durations of a rule file: its minutes take two seconds."""
+    """Shorten the durations in a rule file: a minute becomes two seconds."""
     seconds = {"m": 2, "h": 120}
     return re.sub(r"\b(\d+)([mh])\b", lambda match: f"{int(match[1]) * seconds[match[2]]}s", text)
 
 
-LONGEST_FOR = 2 * 15  # seconds, of the alerts in a hurry
+LONGEST_FOR = 2 * 15  # seconds, for alerts with shortened durations
 
 
 def firing(server: Prometheus) -> set[str]:
@@ -335,13 +335,13 @@ def firing(server: Prometheus) -> set[str]:
 
 
 def fired(server: Prometheus) -> set[str]:
-    """Return what has fired since Prometheus runs."""
+    """Return the alerts that have fired since Prometheus started."""
     result = server.ask("query", query='count by (alertname) (count_over_time(ALERTS{alertstate="firing"}[1h]))')
     return {series["metric"]["alertname"] for series in result["result"]}
 
 
 def wait_for_scrapes(server: Prometheus, port: int, count: int) -> None:
-    """Wait until Prometheus has tried a port so many times since it runs."""
+    """Wait until Prometheus has scraped a port this many times."""
     tried = f'count_over_time(up{{instance="127.0.0.1:{port}"}}[1h]) >= {count}'
     server.child.wait_until(lambda: server.query(tried), f"{count} scrapes", 3 * count + 30)
 
@@ -364,7 +364,7 @@ def test_a_worker_that_is_killed_for_good_fires_the_alert_that_says_so_and_28_sp
             wait_for_scrapes(server, spare[-1], LONGEST_FOR + 10)
             assert fired(server) == set()
 
-            # A master that is stopped starts no successor.
+            # A stopped master does not replace its workers.
             os.kill(site.child.pid, signal.SIGSTOP)
             stack.callback(os.kill, site.child.pid, signal.SIGCONT)
             os.kill(live[ports[3]], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The site secret: who makes it, who may read it, and what is not believed."""
+"""The site secret: who creates it, who may read it, and which files are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers, texts and collectors that make no sense: each costs itself only, and is gone with the next process."""
+"""Invalid numbers, texts and collectors: each affects only itself, and is gone with the next process."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_senseless_times_of_a_series_break_nothing(senseless: float, cell: int, 
     for _ in range(2):
         process = Process(path)
         found = process.scrape(accept)
-        if cell < 2:  # the third says since when it is idle
+        if cell < 2:  # the third holds the time since which it is idle
             assert found['c_total{x="x"}'] == "3.0"
         assert math.isfinite(float(found.get('c_created{x="x"}', "0")))
         process.binding.close()
@@ -300,7 +300,7 @@ def test_a_lone_surrogate_that_an_older_version_kept_is_gone_with_the_next_proce
 
 
 class Contrary(str):
-    """A text whose methods raise, or return what is none."""
+    """A string whose methods raise, or return something else than a string."""
 
     __slots__ = ()
 
@@ -516,7 +516,7 @@ def test_any_accept_header_gets_what_it_is_told(path: Path) -> None:
 
 @pytest.mark.parametrize("more", range(3))
 def test_a_record_that_was_interrupted_is_no_record(more: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal handler may raise between any two steps of an append; here between the record and all that follows."""
+    """A signal handler may raise between any two steps of an append; here it does right after the record."""
 
     class Interrupted(Exception):
         pass

@@ -1,4 +1,4 @@
-"""The matrix of web servers: each with several workers, recycled, with one killed. docs/servers.md shows it."""
+"""The matrix of web servers: each runs several workers, recycles them and has one killed. docs/servers.md shows it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.servers
 WSGI, ASGI = "demo_site.wsgi:application", "demo_site.asgi:application"
 BIND = "127.0.0.1:{port}"
 GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket", "-b", BIND]
-# An installation of the oldest gunicorn that is still common, with a command line that it knows.
+# An installation of the oldest gunicorn that is still common, with command-line options that it supports.
 OLD_GUNICORN = os.environ.get("OLD_GUNICORN", "")
 OLD_WORDS = [word for word in GUNICORN if word != "--no-control-socket"]
 UWSGI = [
@@ -41,27 +41,27 @@ UWSGI = [
     "--disable-logging",
 ]
 MASTER = ["--master", "--enable-threads"]
-# pyuwsgi reloads by executing the interpreter that its virtual environment is made from.
+# pyuwsgi reloads by executing the base interpreter of its virtual environment.
 PACKAGES = {"PYTHONPATH": sysconfig.get_path("purelib")}
-NOTE = "`HUP` makes pyuwsgi lose its virtual environment: have its packages in `PYTHONPATH`"
+NOTE = "after `HUP` pyuwsgi runs outside its virtual environment: put its packages on `PYTHONPATH`"
 RECYCLED = 25
-# The interpreter may lie in a folder of root's, and who is no longer root keeps the right to read there, and no other.
+# The interpreter may be in a folder that only root can read: a process that changes its user keeps the right to read.
 CAPABILITIES = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search"
 MAY_READ = ["setpriv", "--securebits", "+no_setuid_fixup", "--bounding-set", CAPABILITIES]
-PATCHED = "`monkey.patch_all()` at the top of gunicorn.conf.py, as Django needs it"
-RELOADER = "the supervisor loads the site, and frees its port for the first worker"
-HYPERCORN = "it starts no other worker for a killed one: have the service restarted"
+PATCHED = "needs `monkey.patch_all()` at the top of gunicorn.conf.py, because Django does"
+RELOADER = "the supervisor loads the site too; it frees its port for the first worker"
+HYPERCORN = "does not replace a killed worker: restart the service"
 
 
 def hang_up(site: Site, number: int = signal.SIGHUP) -> None:
-    """Let the server replace its workers, and wait until it has."""
+    """Make the server replace its workers, and wait until it has."""
     before = site.wait_until_settled(len(site.live()))
     os.kill(site.child.pid, number)
     site.wait_until_replaced(before.values(), len(before))
 
 
 def kill(site: Site, port: int, workers: int) -> int:
-    """Kill the worker that has the port and return its pid: one that was there, not one that was about to end."""
+    """Kill the worker that holds the port, once the workers are settled, and return its pid."""
 
     def killed() -> int:
         pid = site.wait_until_settled(workers)[port]
@@ -98,14 +98,15 @@ def shrink_and_grow(site: Site) -> None:
 
 
 def outlive_requests(site: Site) -> None:
-    """The workers were told to end after some requests: wait until all are there again."""
+    """Wait until all workers are there again: each ends after some requests."""
     site.wait_for_workers()
 
 
 class Server(NamedTuple):
-    """A server as its documentation says to start it, and what is done to it.
+    """A server, how its documentation says to start it, and how the test recycles it.
 
-    recycle: what the table says of it, and what does it. replaces: whether it starts another worker for a killed one.
+    recycle: the word for it in the table, and a function that does it. replaces: whether the server replaces a killed
+    worker.
     """
 
     name: str
@@ -143,9 +144,7 @@ def gunicorn_servers(words: list[str], env: dict[str, str]) -> list[Server]:
                 mode=f"{kind}, --preload",
                 words=[*usual.words, *preload],
                 recycle=("HUP", hang_up),
-                notes="`monkey.patch_all()` at the top of gunicorn.conf.py, as Django needs it"
-                if kind == "gevent"
-                else "",
+                notes=PATCHED if kind == "gevent" else "",
             ),
         ]
     return servers
@@ -297,13 +296,13 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
     mode = ", ".join(["sync, started as root with --user and --group", *preload])
     row.update(Row(server="gunicorn", version=versions("gunicorn"), mode=mode))
     options = ["--user", "nobody", "--group", "nogroup", "--max-requests", str(RECYCLED), *preload]
-    # pytest's folders are root's as well.
+    # pytest's folders belong to root.
     with tempfile.TemporaryDirectory() as folder:
         tmp_path = Path(folder)
         tmp_path.chmod(0o777)
         database(tmp_path).chmod(0o666)
         monkeypatch.setenv("DEMO_LEDGER_DIR", str(tmp_path / "ledgers"))
-        for start in range(2):  # at the second one the folder is there, and not root's
+        for start in range(2):  # at the second start the folder exists, and belongs to nobody
             with serving(tmp_path, free_ports, *MAY_READ, *GUNICORN, "-w", "4", *options) as site:
                 site.wait_for_workers()
                 answered = send_requests(200, lambda _: site.request(), threads=4).count(200)
@@ -314,13 +313,15 @@ def test_gunicorn_of_roots_with_workers_of_another_user(
         row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
         owners = {path.owner() for path in [tmp_path / "ledgers", *(tmp_path / "ledgers").iterdir()]}
     assert owners == {"nobody"}
-    row.update(Row(ports="4", exact=YES, recycle=f"{YES} each", kill="as sync", notes="the ledgers are the user's"))
+    row.update(
+        Row(ports="4", exact=YES, recycle=f"{YES} each", kill="as sync", notes="the ledgers belong to this user")
+    )
 
 
 def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, row: Row) -> None:
     row.update(Row(server="gunicorn", version=versions("gunicorn"), mode="sync, USR2, then TERM to the old master"))
     pidfile = tmp_path / "pid"
-    # Not by `python -m`: executed again, it would find gunicorn's own package http in the place of the library's.
+    # Not `python -m gunicorn`: the new master would import gunicorn's package http instead of the standard library's.
     words = [str(Path(sys.executable).with_name("gunicorn")), *GUNICORN[3:], "-w", "4", "--pid", str(pidfile)]
     with serving(tmp_path, free_ports, *words) as site:
         site.wait_for_workers()
@@ -339,7 +340,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         os.kill(new, signal.SIGTERM)
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
     row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
-    notes = "end the old master within 5 s, or have no more ports than workers: last counts stay with a port"
+    notes = "end the old master within 5 s, or its last counts stay in ledgers of ports that no worker holds"
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} USR2", kill="as sync", notes=notes))
 
 
@@ -398,7 +399,7 @@ def test_uwsgi_without_threads_serves_the_site_and_says_once_what_to_set(
         assert output.count("promports.E014") == output.count("ERROR django_promports") == 1
         assert "Set enable-threads = true" in output
         assert "Traceback" not in output
-    notes = "set `enable-threads`: without, no thread of Python's runs; the log says so (`promports.E014`)"
+    notes = "set `enable-threads`: without it no Python thread runs; the log reports it (`promports.E014`)"
     row.update(Row(server="uWSGI", version=versions("pyuwsgi"), mode="without enable-threads", ports="0", notes=notes))
     row.update(Row(exact="no ports", recycle="no ports", kill="no ports", end="no ports"))
 
@@ -407,7 +408,7 @@ def test_uwsgi_without_threads_serves_the_site_and_says_once_what_to_set(
 def test_uwsgi_calls_the_sites_own_hook_and_what_the_master_counted_is_exported_once(
     when: str, free_ports: range, tmp_path: Path
 ) -> None:
-    """before, after: when the site sets its hook, seen from the app; after, it takes the place of the app's."""
+    """when: whether the site sets its hook before or after it loads the app. After, it replaces the app's hook."""
     hook = "import uwsgi\nuwsgi.post_fork_hook = lambda: print('HOOK', uwsgi.worker_id(), flush=True)\n"
     parts = {
         "hook": hook,
@@ -433,7 +434,7 @@ def test_uwsgi_calls_the_sites_own_hook_and_what_the_master_counted_is_exported_
 
 
 def edit_until_reloaded(site: Site, edited: Path, pid: int) -> None:
-    """Edit a file until runserver's child ends, which takes what is edited before its first look for the old file."""
+    """Edit a file until runserver's child ends; it misses edits made before it first reads the file's times."""
 
     def ends() -> bool:
         stamp = edited.stat().st_mtime + 10
@@ -468,7 +469,7 @@ def test_runserver_through_ten_reloads(free_ports: range, tmp_path: Path, row: R
         assert "Traceback" not in site.child.output()
     row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:1])
     row.update(Row(server="runserver", version=versions("django"), mode="with its reloader", ports="1", exact=YES))
-    row.update(Row(recycle=f"{YES} ten reloads", kill="one process", notes="the reloader's parent holds no port"))
+    row.update(Row(recycle=f"{YES} ten reloads", kill="one process", notes="the parent of the reloader claims no port"))
 
 
 BLOCKED_ASGI = """
@@ -511,12 +512,12 @@ def application(environ, start_response):
 def test_scrape_while_the_event_loop_is_blocked(
     kind: str, words: list[str], answers: bool, free_ports: range, tmp_path: Path
 ) -> None:
-    """The endpoint is a thread, and needs no loop; under gevent threads are greenlets, and wait for the hub."""
+    """The endpoint is a thread, not a task of the site's loop; under gevent it is a greenlet and waits for the hub."""
     (tmp_path / "blocked.py").write_text(BLOCKED_WSGI if kind == "gevent" else BLOCKED_ASGI)
     with serving(tmp_path, free_ports, *words, PYTHONPATH=f"{tmp_path}:{ROOT}") as site:
         site.wait_for_workers(1)
         site.child.wait_until(site.is_listening, "the site is there")
-        site.request()  # what Django loads at its first request would be measured too
+        site.request()  # what Django imports at its first request must not be measured
         ended = 0.0
 
         def ask() -> None:

@@ -1,4 +1,4 @@
-"""What each port of the range does now, for a person and for a machine."""
+"""What each port of the range does now, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
         [str(free_ports[3]), "live", "-", "-", "-", "0", "# ms"],
     ]
     assert summary == f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}."
-    # The columns are aligned, and the last one stands right.
+    # The columns are aligned, the last one to the right.
     assert len({len(line) for line in table}) == 1
     assert err == ""
 
@@ -173,7 +173,7 @@ def test_an_uptime_is_shown_in_its_two_largest_units(
     ("changed", "message"),
     [
         ({"PORT_RANGE": "19131-19100"}, "PROMPORTS_PORT_RANGE is '19131-19100', .* reversed; write 19100-19131."),
-        ({"ADDRESS": "localhost"}, "PROMPORTS_ADDRESS is 'localhost', .* no IP address."),
+        ({"ADDRESS": "localhost"}, "PROMPORTS_ADDRESS is 'localhost', .* not an IP address."),
         ({"BEARER_TOKEN_FILE": "/missing"}, "PROMPORTS_BEARER_TOKEN_FILE is '/missing', .*"),
         ({"TLS_CERTFILE": "/missing"}, "PROMPORTS_TLS_CERTFILE is '/missing', .*"),
     ],
@@ -199,7 +199,7 @@ def test_manage_py_shows_the_range_or_fails_with_the_reason(free_ports: range) -
     assert "(promports.E001) PROMPORTS_PORT_RANGE is '19131-19100'" in wrong.stderr
 
 
-# A session of its own has no terminal until it opens one; then Ctrl-C reaches it.
+# A new session has no terminal until it opens one; then Ctrl-C reaches it.
 TAKE_TERMINAL = (
     "import os, sys\nos.close(os.open(os.ttyname(0), os.O_RDWR))\n"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -211,14 +211,14 @@ WITHOUT_RICH = (
 
 
 class Terminal:
-    """A program at a terminal of its own, 100 columns wide."""
+    """A program in its own terminal, 100 columns wide."""
 
     def __init__(self, *words: str, **env: str) -> None:
         self.text = ""
         self._master, slave = pty.openpty()
         os.set_blocking(self._master, False)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        # Variables with which a person or CI asks programs for colours, or for none.
+        # Variables that enable or disable colours in programs.
         asking = {"NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
         usual = {name: value for name, value in os.environ.items() if name not in asking}
         self.process = subprocess.Popen(
@@ -233,7 +233,7 @@ class Terminal:
         os.close(slave)
 
     def read(self) -> str:
-        """Return all that the program wrote."""
+        """Return the whole output of the program."""
         with contextlib.suppress(OSError):  # nothing now, or never again
             while chunk := os.read(self._master, 65536):
                 self.text += chunk.decode()
@@ -266,7 +266,7 @@ def watching(*words: str, ports: range, **env: str) -> Iterator[Terminal]:
 
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
-    """Serve an endpoint of the site, as a process of its own knows it."""
+    """Serve an endpoint of the site that describes itself as another process."""
     return endpoint(ports, project="demo_site.settings", pid=4711, command="[red]gunicorn")
 
 
@@ -281,7 +281,7 @@ def test_a_watched_table_stays_in_place_on_a_terminal_and_has_colours(free_ports
 
     assert "\x1b[32mlive" in terminal.text
     assert "\x1b[31mother" in terminal.text
-    assert "[red]gunicorn" in terminal.text  # a worker's command line is no markup
+    assert "[red]gunicorn" in terminal.text  # a worker's command line is not markup
     assert "\x1b[1A" in terminal.text  # one line up
     assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")  # the cursor is back
     assert "Traceback" not in terminal.text
@@ -315,7 +315,7 @@ def test_without_rich_a_watched_table_is_plain_text(free_ports: range) -> None:
 def test_a_watched_table_that_is_piped_is_plain_text_and_seen_at_once(
     number: signal.Signals, free_ports: range, tmp_path: Path
 ) -> None:
-    # Longer than the test waits, for the table as for the end.
+    # Longer than the test waits for the table and for the end.
     command = [sys.executable, "manage.py", "show_targets", "--watch", "600"]
     range_ = f"{free_ports[0]}-{free_ports[3]}"
     with worker(free_ports), running(*command, log=tmp_path / "log", DEMO_PORT_RANGE=range_, TERM="xterm") as child:

@@ -1,4 +1,4 @@
-"""Target groups, the file that Prometheus reads, and asking ports whether they answer."""
+"""Target groups, the target file, and probing ports."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_host_names_and_ip_addresses_are_hosts(host: str, bare: str) -> None:
         ("127.0.0.1:19100", "has a port in it; the ports come from PROMPORTS_PORT_RANGE"),
         ("[::1]:19100", "has a port in it; the ports come from PROMPORTS_PORT_RANGE"),
         *(
-            (host, "is no host name and no IP address")
+            (host, "is neither a host name nor an IP address")
             for host in ["", "a b", "http://web1", "web1/metrics", "-a", "a-", ".", "bücher", "web1\n", "a" * 254, "*"]
         ),
     ],
@@ -124,7 +124,7 @@ def test_every_line_that_is_no_host_or_a_repeated_one_is_named() -> None:
         targets.parse_hosts(lines)
 
     assert str(caught.value).splitlines() == [
-        "line 2: 'a b' is no host name and no IP address",
+        "line 2: 'a b' is neither a host name nor an IP address",
         "line 3: 'web2:9100' has a port in it; the ports come from PROMPORTS_PORT_RANGE",
         "line 5: 'WEB1.' is in line 1 already",
         "line 7: 'web3' is in line 6 already",
@@ -151,12 +151,12 @@ def test_prometheus_label_names_with_readable_values_are_labels(name: str, value
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        *((name, "x", "is no label name") for name in ["", "9x", "a-b", "a.b", "a b", "é", "a\n"]),
+        *((name, "x", "is not a label name") for name in ["", "9x", "a-b", "a.b", "a b", "é", "a\n"]),
         ("__x", "x", "begins with two underscores"),
-        ("x", 1, "is 1, no string"),
-        ("x", None, "is None, no string"),
-        ("x", "a\nb", "which no person can read"),
-        ("x", "\ud800", "which no person can read"),
+        ("x", 1, "is 1, not a string"),
+        ("x", None, "is None, not a string"),
+        ("x", "a\nb", "which has unprintable characters"),
+        ("x", "\ud800", "which has unprintable characters"),
     ],
 )
 def test_what_prometheus_refuses_is_no_label(name: str, value: object, reason: str) -> None:
@@ -248,7 +248,7 @@ def test_a_long_list_is_never_in_memory_as_a_whole(
     assert peak < 500_000
 
 
-# What the published definition says of the fields in use: https://github.com/prometheus-operator/prometheus-operator
+# The published definition of the fields in use: https://github.com/prometheus-operator/prometheus-operator
 # (example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml, version 0.91). A dict is an object with no
 # other field, a list is an array, a regular expression is a string; fields with a * must be there.
 LABEL = r"[a-zA-Z_][a-zA-Z0-9_]*"
@@ -400,7 +400,7 @@ def test_a_link_to_nothing_and_a_pipe_are_left_alone(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "missing")
     os.mkfifo(pipe)
 
-    for path, what in ((link, "a symbolic link"), (pipe, "no regular file")):
+    for path, what in ((link, "a symbolic link"), (pipe, "not a regular file")):
         with pytest.raises(OSError, match=f"Is {what}"):
             targets.write_file(path, lambda: [b"[]\n"])
 

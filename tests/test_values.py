@@ -1,4 +1,4 @@
-"""Counting through a ledger: as without one in this process, and from there in the next."""
+"""Counting in a ledger: this process counts as without one, and the next one continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[[CollectorRegistry], None]
 
 
 class Process:
-    """The metrics of one process, and its binding on the ledger of a port."""
+    """The metrics of one process, bound to the ledger of a port."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Process:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Process]]:
-    """Begin processes, one after the other, that each hold the ledger until they end."""
+    """Start processes, one after the other, that each hold the ledger until they end."""
 
     @contextlib.contextmanager
     def begin(*, before: Make | None = None) -> Iterator[Process]:
@@ -108,7 +108,7 @@ all_kinds = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name
 
 
 def work(metric: Any, *kinds: str) -> None:
-    """Count a little in a metric, if it is labelled in several children."""
+    """Count a little in a metric; in several children if it has labels."""
     children = [metric.labels(kind, 'a"b\\\n') for kind in kinds] if metric._labelnames else [metric]
     for number, child in enumerate(children, 1):
         if isinstance(metric, Counter):
@@ -169,7 +169,7 @@ def test_what_was_counted_before_the_ledger_is_open_is_added_to_it(
 def begin_with(
     make: Callable[[CollectorRegistry], Any], early: bool, processes: Begin
 ) -> Iterator[tuple[Process, Any]]:
-    """Begin a process that makes a metric, early: before it opens the ledger."""
+    """Start a process that creates a metric. early: before it opens the ledger."""
     metrics: list[Any] = []
     with processes(before=(lambda registry: metrics.append(make(registry))) if early else None) as process:
         yield process, metrics[0] if early else make(process.registry)
@@ -378,7 +378,7 @@ def test_what_is_unregistered_is_gone_here_and_in_the_next_process(
     with begin_with(make, early, processes) as (process, metric):
         work(metric, "x")
         process.registry.unregister(metric)
-        work(metric, "x", "z")  # somebody who still has it
+        work(metric, "x", "z")  # code that still holds the metric
         assert process.samples() == {}
 
     with processes() as process:
@@ -518,7 +518,7 @@ def test_metrics_of_other_registries_are_left_alone(processes: Begin) -> None:
 
 
 def run_threads(works: Iterable[Callable[[], None]]) -> None:
-    """Run each in a thread of its own, all at once; an exception in one of them is raised here."""
+    """Run each function in its own thread, concurrently; an exception in one of them is raised here."""
     raised: list[BaseException] = []
     works = list(works)
     start = threading.Barrier(len(works))
@@ -672,7 +672,7 @@ def test_an_increment_that_had_begun_when_its_value_was_replaced_counts(processe
 
 
 class OtherValue(MutexValue):
-    """A value class of the site's own."""
+    """A custom value class."""
 
 
 def test_values_of_another_class_stay_in_memory(
@@ -696,7 +696,7 @@ def test_values_of_another_class_stay_in_memory(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ledgers that are soon full."""
+    """Make ledgers small, so that they are soon full."""
     monkeypatch.setattr(ledger_module, "INDEX_AT", ledger_module.CELLS_AT + 8 * ledger_module.CELL_COUNT)
     monkeypatch.setattr(ledger_module, "SIZE", ledger_module.INDEX_AT + 4096)
 

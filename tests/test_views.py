@@ -1,4 +1,4 @@
-"""The live targets through the site itself: who is told, and what Prometheus makes of it."""
+"""The view with the live targets: who may read it, and how Prometheus uses it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_targets_are_only_read(client: Client, token_file: Path) -> None:
 
 
 def test_prometheus_need_not_log_in_where_everybody_else_must() -> None:
-    # What LoginRequiredMiddleware asks a view.
+    # The attribute of a view that LoginRequiredMiddleware reads.
     assert resolve(PATH).func.login_required is False  # type: ignore[attr-defined]
 
 
@@ -140,10 +140,10 @@ def test_prometheus_follows_the_workers_through_a_reload_and_when_their_number_c
 
 
 def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozenset()) -> set[float]:
-    """Wait until both jobs have the live workers for targets and no others, and have scraped them.
+    """Wait until the targets of both jobs are exactly the live workers, and have been scraped.
 
-    Returns when the processes began; those that began then are not waited for. A refresh takes a second, and Prometheus
-    hands on what it found every five; the rest of the deadline is for a busy machine.
+    Return the start times of the processes. but: start times of processes that must be gone. A refresh takes a second,
+    and Prometheus applies new targets every five; the rest of the deadline is for a busy machine.
     """
 
     def find() -> set[float]:
@@ -152,7 +152,7 @@ def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozens
         for target in server.ask("targets")["activeTargets"]:
             known[target["labels"]["job"]].add(target["labels"]["instance"])
         began = {job: server.query(f'process_start_time_seconds{{job="{job}"}}') for job in known}
-        if f"127.0.0.1:{site.ports[0]}" not in live:  # the one that Prometheus asks for the list: it keeps the last one
+        if f"127.0.0.1:{site.ports[0]}" not in live:  # Prometheus gets its list from this one, and keeps the last list
             del known["endpoint"]
         if any(known[job] != live or set(began[job]) != live or set(began[job].values()) & but for job in known):
             return set()

@@ -1,4 +1,4 @@
-"""The random walk: it finds nothing, and it finds each of these faults, that this software has had or might have."""
+"""The random walk finds no fault in the code, and finds each of these planted faults."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.walk import Fault, walk
 
 
 def test_walks_find_no_fault() -> None:
-    first = random.randrange(10**9)  # another one in each run; a fault says which it was
+    first = random.randrange(10**9)  # different in each run; a fault names it
     for seed in range(first, first + 40):
         walk(seed)
 
 
 def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
-    """The series that were listed are shown as what the ledger says of their name by then."""
+    """Listed series are rendered with the family that has their name in the ledger by then."""
     expose = Exposition._expose_unmade
 
     def expose_by_name(self: Exposition, scrape: Any, family: Family) -> Iterator[None]:
@@ -38,7 +38,7 @@ def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
 
 
 def trust_the_created_times_of_a_block(patch: pytest.MonkeyPatch) -> None:
-    """A block that was put together again has the created times of now, and its templates those of before."""
+    """A rebuilt block has new created times, but its templates have the old ones."""
     put = Section._put
 
     def put_and_guess(section: Any, blocks: list[Any], child: Any, template: bytes, created: Any) -> None:
@@ -48,7 +48,7 @@ def trust_the_created_times_of_a_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def take_set_for_a_reset(patch: pytest.MonkeyPatch) -> None:
-    """Whatever is set is a counter, and begins now."""
+    """Treat every set() as the reset of a counter."""
     set_ = CellValue.set
 
     def set_and_begin(value: CellValue, number: float, timestamp: float | None = None) -> None:
@@ -59,7 +59,7 @@ def take_set_for_a_reset(patch: pytest.MonkeyPatch) -> None:
 
 
 def expose_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
-    """Metrics that were made since the scrape began are shown as well."""
+    """Also render metrics that were created since the scrape began."""
     expose = Exposition._expose_collector
 
     def expose_both(self: Exposition, scrape: Any, collector: Any) -> Iterator[None]:
@@ -72,12 +72,12 @@ def expose_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_what_only_the_ledger_has(patch: pytest.MonkeyPatch) -> None:
-    """Removing forgets the series that this process has made only."""
+    """Removing a series forgets only series that this process has created."""
     patch.setattr(Binding, "forget_unmade", lambda self, metric, concerns: None)
 
 
 def keep_the_created_time_in_memory(patch: pytest.MonkeyPatch) -> None:
-    """The time of a reset is lost with the process."""
+    """Keep the time of a reset only in memory."""
     patch.setattr(CellValue, "set_created", lambda self, moment: None)
 
 
@@ -113,7 +113,7 @@ def _list_both(self: Exposition, metric: Any, unmade: Any) -> tuple[list[Any], l
     ],
 )
 def test_a_planted_fault_is_found(plant: Any, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seeds are chosen to be quick: of 120 walks, 2 find the rarest of these faults, and 57 the most frequent."""
+    """The seeds are chosen to be fast: of 120 walks, 2 find the rarest of these faults, and 57 the most common."""
     plant(monkeypatch)
     with pytest.raises(Fault):
         walk_on(first)

@@ -1,4 +1,4 @@
-"""Who holds a port: real servers, forks and kills."""
+"""Which processes hold a port: real servers, forks and kills."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A random walk over what a site and its scrapers do: python -m tests.walk [SEED [WALKS]]
+"""A random walk over the operations of a site and its scrapers: python -m tests.walk [SEED [WALKS]]
 
-One process of the site counts through a ledger, ends and is followed by the next. Beside it, a registry that lives on,
-of prometheus_client's metrics alone, is told the same. What a scrape shows has to be what that one shows; a scrape with
-operations in its middle, what it showed at some moment meanwhile. Names, labels and blocks are few and small, so that
-operations meet, and each walk is fond of some of them. A seed is a walk: the same one fails at the same step.
+Processes of the site count in a ledger, one after the other. The same operations are applied to a twin: a plain
+prometheus_client registry that outlives them. A scrape must show what the twin shows; a scrape with operations in its
+middle must show what the twin showed at some moment meanwhile. Names, labels and blocks are few and small, so that
+operations collide, and each walk prefers some of them. A walk is determined by its seed: it fails at the same step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Samples = dict[str, str]  # texts of values and exemplars, by names and labels
 
 
 class Fault(AssertionError):
-    """A scrape does not show what it should."""
+    """A scrape differs from the twin."""
 
 
 class Clock:
@@ -65,14 +65,14 @@ class Clock:
 
 
 class Made(NamedTuple):
-    """A metric of the site, and its twin."""
+    """A metric of the site, with its twin."""
 
     ours: Any
     twin: Any
 
 
 class Scrape(NamedTuple):
-    """A scrape that has begun, and what the twins showed since."""
+    """A scrape that has begun, and what the twin has shown since."""
 
     steps: Generator[None, None, tuple[list[tuple[str, str]], bytes]]
     accept: str
@@ -154,7 +154,7 @@ class Walk:
         self.made[name] = Made(ours, twin)
 
     def pick(self, *classes: type) -> tuple[Any, ...] | None:
-        """Pick a child, and its twin."""
+        """Return a random child with its twin."""
         fitting = [made for made in self.made.values() if not classes or isinstance(made.ours, classes)]
         if not fitting:
             return None
@@ -185,7 +185,7 @@ class Walk:
                 child.observe(amount)
 
     def put(self) -> None:
-        """Mirror numbers of something else, through what is private to prometheus_client."""
+        """Copy numbers from elsewhere into a metric, through private attributes of prometheus_client."""
         number = self.chance.choice([0, 0, 1, 2, 123])
         which = self.chance.randrange(4)
         for child in self.pick() or ():
@@ -263,7 +263,7 @@ class Walk:
     def stop_and_start(self) -> None:
         self.binding.close()
         for scrape in self.scrapes:
-            check_form(drain(scrape.steps), scrape.accept)  # of what is closed in its middle nothing more is said
+            check_form(drain(scrape.steps), scrape.accept)  # its numbers cannot be compared: the ledger was closed
         self.scrapes.clear()
         self.binding.open(Ledger(self.path, "walk"))
 
@@ -340,7 +340,7 @@ def show(registry: CollectorRegistry, accept: str) -> Samples:
 
 
 def read(text: str) -> Samples:
-    """Return the samples; raise Fault where one is there twice."""
+    """Return the samples; raise Fault if one occurs twice."""
     samples: Samples = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -352,20 +352,20 @@ def read(text: str) -> Samples:
 
 
 def check_form(text: str, accept: str) -> None:
-    """Raise Fault if it is no valid exposition, or has a metric twice."""
+    """Raise Fault if the exposition is not valid, or has a metric twice."""
     headers = re.findall("(?m)^# TYPE ([^ ]*) ", text)
     if len(headers) != len(set(headers)):
         raise Fault(f"A metric is there twice: {headers}")
     try:
         list((parse_openmetrics if accept else parse_classic)(text))
     except ValueError as error:
-        # A bucket that was put below another, and the like, is the site's, and prometheus_client's as well.
+        # Invalid buckets and the like come from the site; prometheus_client shows them too.
         if "HELP" in str(error) or "TYPE" in str(error) or "Clashing" in str(error) or "Duplicate" in str(error):
             raise Fault(f"It is not valid: {error}\n{text}") from None
 
 
 def compare(found: Samples, moments: list[Samples]) -> None:
-    """Raise Fault unless each sample was shown at one of these moments, and each that was always shown is there."""
+    """Raise Fault unless each sample was shown at one of these moments, and none is missing that was always shown."""
     for key, value in found.items():
         held = {moment.get(key) for moment in moments}
         if value not in held:
@@ -377,7 +377,7 @@ def compare(found: Samples, moments: list[Samples]) -> None:
 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[Clock]:
-    """Blocks of a few children, pieces of a few samples, a rest after each, and a clock that stands still."""
+    """Use blocks of a few children, pieces of a few samples, a pause after each, and a clock that stands still."""
     clock = Clock()
     with (
         mock.patch.multiple(packing, BLOCK_BYTES=150, SMALL_BYTES=60),
@@ -390,7 +390,7 @@ def small_blocks() -> Iterator[Clock]:
 
 
 def walk(seed: int, steps: int = STEPS) -> None:
-    """Take a walk. Raises Fault, or RuntimeError where something raised, with how to take it again."""
+    """Take a walk. Raises Fault, or RuntimeError if an operation raised, with the command that repeats the walk."""
     with small_blocks() as clock, tempfile.TemporaryDirectory() as folder:
         one = Walk(seed, Path(folder), clock)
         try:

@@ -1,1 +1,1 @@
-"""The page for people: a look at the ports, the rates of what workers did, and the HTML that shows them."""
+"""The page: what is known of the ports, the rates computed from samples, and the HTML that shows both."""

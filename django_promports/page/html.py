@@ -1,7 +1,7 @@
-"""The page for people: what each port of a site does now, and its requests and latency over the last minutes.
+"""The HTML page: what each port of a site does now, and its requests and latency over the last minutes.
 
-From data to HTML, everything escaped. The page works without its script and fetches nothing from elsewhere: a browser
-loads it again every few seconds, or its script replaces what changed.
+All data is escaped. The page works without its script and loads nothing from other servers. The script replaces the
+content every few seconds; without it, the browser reloads the page.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ NOTHING = "\N{EN DASH}"
 STYLE = Path(__file__).with_name("page.css").read_text("utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 
-# Each state as a shape too: not everybody sees colours.
+# Each state has a shape too: not everyone can distinguish the colours.
 STATES = {
     State.LIVE: ("\N{BLACK CIRCLE}", "a worker of this site answers"),
-    State.SILENT: ("\N{WHITE CIRCLE}", "it is connected, and does not answer in time"),
+    State.SILENT: ("\N{WHITE CIRCLE}", "it does not answer in time"),
     State.OTHER: ("\N{BLACK UP-POINTING TRIANGLE}", "another program or site has the port"),
 }
 
@@ -42,7 +42,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-# For whoever serves the page: nothing but this style and this script, whatever else gets into it.
+# The headers of the page allow only this style and this script, whatever else gets into it.
 POLICY = {
     "default-src": "'none'",
     "style-src": _hash(STYLE),
@@ -74,8 +74,8 @@ HEAD = """<!doctype html>
 <main id="workers">
 <h1>{title}</h1>
 """
-FOOT = """<footer><small>Drawn at {time} UTC, and anew every {refresh} s. The numbers are means of the last {now:g} s.
-A new process begins a new plot, and goes on with the counts of the one before.</small></footer>
+FOOT = """<footer><small>Drawn at {time} UTC, refreshed every {refresh} s. The numbers are means over the last
+{now:g} s. A new process starts a new plot, and continues the counts of its predecessor.</small></footer>
 </main>
 <p role="status" class="warning"></p>
 <script data-refresh="{refresh}">{script}</script>
@@ -90,14 +90,14 @@ def render(found: Overview) -> bytes:
 
 
 def encode(pieces: Iterable[str]) -> bytes:
-    """Return the bytes of a page; JSON may have brought what UTF-8 does not know."""
+    """Return the bytes of a page. Lone surrogates, which JSON may contain, are replaced."""
     return "".join(pieces).encode(errors="replace")
 
 
 def draw(found: Overview, own: Mapping[str, object] | None = None) -> Iterator[str]:
-    """Yield the page in pieces that take a millisecond or so to make, and more in a large site.
+    """Yield the page in pieces, each of which takes about a millisecond to make, and longer in a large site.
 
-    own: what the worker that serves it says of itself; None if the site serves it.
+    own: the description of the worker that serves it; None if the site serves it.
     """
     port = own.get("port") if own else None
     title = "Workers" if own is None else escape(f"Worker on port {port}")
@@ -115,7 +115,7 @@ def draw(found: Overview, own: Mapping[str, object] | None = None) -> Iterator[s
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as a person says it: 2 d 3 h, 4 h 5 m, 6 m 7 s or 8 s."""
+    """Return a duration as text: 2 d 3 h, 4 h 5 m, 6 m 7 s or 8 s."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -129,8 +129,8 @@ def _draw_summary(found: Overview) -> Iterator[str]:
     states = Counter(worker.state for worker in found.workers)
     free = len(found.ports) - len(found.workers)
     ports = f" in {format_ports(found.ports)}" if found.ports else ""
-    said = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
-    yield f"<p>{', '.join(said)}, {free} of {len(found.ports)} ports free{escape(ports)} "
+    counts = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
+    yield f"<p>{', '.join(counts)}, {free} of {len(found.ports)} ports free{escape(ports)} "
     yield f'<span class="soft">\N{MIDDLE DOT} {escape(found.project)}</span></p>\n'
     if found.waiting:
         yield f'<p class="warning">{escape(format_waiting(found.waiting))}; widen PROMPORTS_PORT_RANGE.</p>\n'
@@ -237,7 +237,7 @@ def _plot(
     format_: Callable[[float | None], str],
     kind: str,
 ) -> str:
-    """Draw values from zero to `top` over the last minutes: one unit is a second wide, so that it fits any width."""
+    """Return an SVG of values from zero to `top` over the last minutes. A unit of x is a second, at any width."""
     runs: list[list[tuple[float, float]]] = [[]]
     for ago, until, value in points:
         if value is None:
@@ -245,7 +245,7 @@ def _plot(
         elif until < KEPT_SECONDS:
             height = 98 - 96 * min(value / top, 1.0) if top else 98.0
             runs[-1].append((max(KEPT_SECONDS - (ago + until) / 2, 0.0), height))
-    if runs[-1] and points[-1][1] < 2 * SAMPLE_SECONDS:  # the newest is the value of now
+    if runs[-1] and points[-1][1] < 2 * SAMPLE_SECONDS:  # the newest value is the current one
         runs[-1].append((KEPT_SECONDS, runs[-1][-1][1]))
     shapes = []
     for run in filter(None, runs):
@@ -253,13 +253,13 @@ def _plot(
         shapes.append(f'<polygon points="{run[0][0]:.1f},98 {line} {run[-1][0]:.1f},98"/>')
         shapes.append(f'<path d="M{line}{" h.01" if len(run) == 1 else ""}"/>')
     values = [value for *_, value in points if value is not None]
-    said = f"Between {format_(min(values))} and {format_(max(values))}, last {format_(values[-1])}." if values else ""
-    said = f"The last {KEPT_SECONDS / 60:g} minutes. {said or 'Nothing to show.'}"
+    text = f"Between {format_(min(values))} and {format_(max(values))}, last {format_(values[-1])}." if values else ""
+    text = f"The last {KEPT_SECONDS / 60:g} minutes. {text or 'Nothing to show.'}"
     name = f"plot-{ident}"
     return (
         f'<svg role="img" viewBox="0 0 {KEPT_SECONDS:g} 100" preserveAspectRatio="none" class="{kind}" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
-        f'<desc id="{name}-desc">{escape(said)}</desc><line x1="0" y1="98" x2="{KEPT_SECONDS:g}" y2="98"/>'
+        f'<desc id="{name}-desc">{escape(text)}</desc><line x1="0" y1="98" x2="{KEPT_SECONDS:g}" y2="98"/>'
         f"{''.join(shapes)}</svg>\n"
     )
 
@@ -287,7 +287,7 @@ def _shorten(number: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """Return the next number that a person would write at an axis."""
+    """Return the next round number, as for the label of an axis."""
     if value <= 0:
         return 0.0
     power = 10.0 ** floor(log10(value))

@@ -24,5 +24,5 @@ class Overview(NamedTuple):
 
 
 def make_origin(scheme: str, host: str) -> str:
-    """Return what an address begins with, up to the port."""
+    """Return a URL up to its port."""
     return f"{scheme}://{format_target(host, 0).removesuffix(':0')}"

@@ -1,4 +1,4 @@
-// In place of the browser's own refresh: what is focused stays so, and a hidden page asks for nothing.
+// Instead of the browser's own refresh: the focus is kept, and a hidden page sends no requests.
 const refreshSeconds = Number(document.currentScript.dataset.refresh);
 const note = document.querySelector('[role=status]');
 setInterval(async () => {

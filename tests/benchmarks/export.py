@@ -1,8 +1,7 @@
-"""What writing a long target list costs: python -m tests.benchmarks.export
+"""The cost of writing a long target list: python -m tests.benchmarks.export
 
-The list of many hosts, as export_targets writes it, beside a plain json.dump() of the same list. Each run is a process
-of its own; they take turns. CPU time is that of making the list and writing it, memory is how much the process grew by
-at most.
+Compares export_targets for many hosts with a plain json.dump() of the same list. Each run is a new process; the two
+alternate. CPU time covers creating and writing the list; memory is the peak growth of the process.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def measure(way: str, hosts: int) -> None:
         path = Path(folder, "targets")
         if way == "unchanged":
             write_file(path, lambda: dump_json(make(names)))
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
         before, began = memory("VmRSS"), time.process_time()
         if way == "plain":
             targets = [f"{name}:{port}" for name in names for port in PORTS]
@@ -87,7 +86,7 @@ def memory(name: str) -> int:
 WAYS = {
     "plain": "plain `json.dump`",
     "json": "`export_targets`",
-    "unchanged": "`export_targets`, the file says it already",
+    "unchanged": "`export_targets`, the file is up to date",
     "yaml": "`export_targets --format yaml`",
 }
 

@@ -1,8 +1,8 @@
-"""What counting through a ledger costs: python -m tests.benchmarks.increment
+"""The cost of counting in a ledger: python -m tests.benchmarks.increment
 
-An increment in memory, through a ledger, and in prometheus_client's multiprocess mode: short rounds take turns in one
-process, and the medians of their ratios are shown, in CPU time. Then what it costs to take over a predecessor's series,
-and how much memory a worker needs, in memory and through a ledger, in processes of their own.
+Compares an increment in memory, in a ledger, and in prometheus_client's multiprocess mode: short rounds alternate in
+one process, and the medians of their ratios are shown, in CPU time. Then measures, in new processes, the time to take
+over the series of a predecessor, and the memory of a worker with and without a ledger.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def time_increments(folder: Path) -> dict[str, list[tuple[float, ...]]]:
-    """Return the seconds of CPU time that TIMES calls took in each round, by operation and mode."""
+    """Return the CPU seconds of TIMES calls in each round, by operation and mode."""
     modes = [make_in_memory(), make_through_ledger(folder), make_multiprocess(folder)]
     rounds: dict[str, list[tuple[float, ...]]] = {operation: [] for operation in modes[0]}
     for number in range(ROUNDS):
@@ -135,7 +135,7 @@ def make_parents(shape: str, registry: CollectorRegistry) -> list[Any]:
 
 
 def make_children(metrics: list[Any]) -> None:
-    """Count in 400 histograms of 20 samples each and 1,000 counters of 2, or in 10,000 counters."""
+    """Count in 400 histograms with 20 samples each and 1,000 counters with 2, or in 10,000 counters."""
     *histograms, counter = metrics
     if not histograms:
         for number in range(10_000):
@@ -152,7 +152,7 @@ def open_ledger(shape: str, folder: str) -> Ledger:
 
 
 def take_over(shape: str, folder: str) -> dict[str, float]:
-    """Return the CPU time that this process takes to take over what the last one counted."""
+    """Return the CPU time that this process needs to take over the counts of the last one."""
     registry = CollectorRegistry()
     make_parents(shape, registry)
     binding = Binding(registry)
@@ -166,9 +166,9 @@ def take_over(shape: str, folder: str) -> dict[str, float]:
 
 
 def hold(shape: str, folder: str) -> dict[str, float]:
-    """Return the megabytes that this process has when every series is made and was scraped once.
+    """Return the megabytes that this process uses when every series exists and was scraped once.
 
-    It counts in the ledger in the folder, or in memory if there is none.
+    It counts in the ledger in the folder, or in memory if there is no folder.
     """
     registry = CollectorRegistry()
     metrics = make_parents(shape, registry)
@@ -190,7 +190,7 @@ def hold(shape: str, folder: str) -> dict[str, float]:
 
 
 def run(what: str, shape: str, folder: str) -> dict[str, float]:
-    """Do it in a process of its own; where there is no ledger yet, a predecessor makes it."""
+    """Run the function in a new process; if there is no ledger yet, a predecessor creates it."""
     if folder and not (Path(folder) / f"{SHAPES.index(shape)}.ledger").exists():
         call("hold", shape, folder)
     return call(what, shape, folder)

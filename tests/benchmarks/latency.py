@@ -1,9 +1,9 @@
-"""What a request feels of a scrape: python -m tests.benchmarks.latency
+"""The effect of scrapes on request latency: python -m tests.benchmarks.latency
 
 A gthread worker with 10,000 samples answers requests that arrive at a fixed rate and wait a few times each, as for a
-database. Short rounds take turns: no scrapes, scrapes of django_promports' endpoint, and scrapes of prometheus_client's
-own server in the same process, once a second each, asked for as Prometheus asks. The medians of the rounds' p50 and p99
-are compared with those of the rounds without scrapes, whose own spread says how noisy the machine is.
+database. Short rounds alternate: no scrapes, scrapes of django_promports' endpoint, and scrapes of prometheus_client's
+server in the same process, once a second each, with the headers that Prometheus sends. The medians of the rounds' p50
+and p99 are compared with those of the rounds without scrapes, whose spread is the noise level of the machine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ urlpatterns: list[Any] = []
 
 
 def view(request: HttpRequest) -> HttpResponse:
-    """Wait a few times, as for queries, and count something each time."""
+    """Wait a few times, as for queries, and count each time."""
     for _ in range(WAITS):
         time.sleep(WAIT_SECONDS)
         for metric in random.sample(metrics, 5):
@@ -52,7 +52,7 @@ def view(request: HttpRequest) -> HttpResponse:
 
 
 def make_application() -> Any:
-    """Make the WSGI application, in the worker."""
+    """Create the WSGI application in the worker."""
     settings.configure(
         ALLOWED_HOSTS=["*"],
         INSTALLED_APPS=["django_promports"],

@@ -1,9 +1,9 @@
-"""What a scrape costs the worker: prometheus_client's WSGI app and django_promports, on one registry, in turns.
+"""The cost of a scrape in the worker: prometheus_client's WSGI app and django_promports alternate on one registry.
 
     python -m tests.benchmarks.scrape [samples...]
 
-The registry is shaped like django-prometheus', counted in a ledger as by default, and asked for as Prometheus asks, in
-OpenMetrics and gzip. Times are CPU time of the thread that scrapes, ratios are medians over interleaved rounds.
+The registry is shaped like that of django-prometheus and counts in a ledger, as by default. Scrapes ask for OpenMetrics
+and gzip, as Prometheus does. Times are the CPU time of the scraping thread, ratios are medians over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TARGETS = {"every child": 25, "10 % of children": 50, "none": 60}
 
 
 def build(samples: int) -> tuple[CollectorRegistry, list[Any]]:
-    """Return a registry with about so many samples, seven of eight of them in histograms, and its children."""
+    """Return a registry with about this many samples, seven of eight in histograms, and its children."""
     registry = CollectorRegistry()
     children: list[Any] = []
     for when in ("before", "after"):
@@ -71,7 +71,7 @@ def touch(child: Any, chance: random.Random) -> None:
 
 
 def render(exposition: Exposition) -> tuple[bytes, float, float]:
-    """Return the body, the CPU seconds that it took, and the longest turn between two yields."""
+    """Return the body, its CPU seconds, and the longest time between two yields."""
     steps = exposition.render(ACCEPT, "gzip", [])
     longest = total = 0.0
     while True:
@@ -93,7 +93,7 @@ def take_time(call: Callable[[], object]) -> float:
 
 
 def measure_cache(samples: int) -> float:
-    """Return the bytes per sample that an exposition keeps after some scrapes."""
+    """Return the bytes per sample that an exposition keeps after several scrapes."""
     registry, children = build(samples)
     chance = random.Random(2)
     exposition = Exposition(Binding(registry))
@@ -117,7 +117,7 @@ def count_samples(registry: CollectorRegistry) -> int:
 
 
 def main(sizes: list[int]) -> None:
-    logging.basicConfig()  # should django_promports say that it does not know this prometheus_client
+    logging.basicConfig()  # shows a warning if django_promports does not know this prometheus_client
     write = sys.stdout.write
     write("| samples | changed | prometheus_client | django_promports | cheaper | wanted | longest turn | cache |\n")
     write("|--:|---|--:|--:|--:|--:|--:|--:|\n")
@@ -140,7 +140,7 @@ def measure(size: int, registry: CollectorRegistry, binding: Binding, children: 
     samples = count_samples(registry)
     app = make_wsgi_app(registry)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_ACCEPT": ACCEPT, "HTTP_ACCEPT_ENCODING": "gzip"}
-    gc.collect()  # else the first scrape pays for the registry's making
+    gc.collect()  # otherwise the first scrape includes garbage from creating the registry
     exposition = Exposition(binding)
     _, first, first_turn = render(exposition)
     results: dict[str, list[tuple[float, float, float]]] = {change: [] for change in CHANGES}

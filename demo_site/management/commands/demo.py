@@ -1,6 +1,7 @@
-"""manage.py demo: the whole story on one machine, from the requests sent to what Prometheus counts.
+"""manage.py demo: run the site, Prometheus and traffic on one machine, and compare their counts.
 
-The site under gunicorn, its target file, a Prometheus and bounded traffic: all on 127.0.0.1, in a temporary folder.
+It starts gunicorn, writes the target file, starts Prometheus and sends requests, all on 127.0.0.1 and in a temporary
+folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from django_promports.ports import RangeFull, claim, format_ports
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parents[3]
 METRIC = "django_http_requests_total_by_view_transport_method_total"
-# By view: method, path ({} is one of the six teas that the migrations stock), status, share of the traffic.
+# By view: method, path ({} is one of the six teas that the migrations add), status, share of the traffic.
 REQUESTS = {
     "index": ("GET", "/", 200, 40),
     "tea": ("GET", "/teas/{}/", 200, 30),
@@ -47,13 +48,13 @@ REQUESTS = {
 STAFF = "demo"
 CLIENTS = 8
 PAUSE_SECONDS = 0.1
-# For a start, or for several scrapes, on a machine that does much else.
+# For a start, or for several scrapes, on a busy machine.
 WAIT_SECONDS = 45.0
 STOP_SECONDS = 10.0
 
 
 class Program(subprocess.Popen[bytes]):
-    """A child in a session of its own, so that Ctrl-C reaches only the demo, which then ends all in order."""
+    """A child in its own session, so that Ctrl-C reaches only the demo, which then stops the children in order."""
 
     def __init__(self, log: Path, words: Sequence[str], env: Mapping[str, str]) -> None:
         self.log = log
@@ -77,18 +78,22 @@ class Program(subprocess.Popen[bytes]):
             self.wait()
 
     def failure(self, problem: str) -> CommandError:
-        state = "still ran" if self.poll() is None else f"had ended with status {self.returncode}"
+        state = "was still running" if self.poll() is None else f"had exited with status {self.returncode}"
         lines = self.log.read_text(errors="replace").splitlines() or ["(nothing)"]
         return CommandError("\n".join([f"{problem} {self.log.stem} {state}; the end of its output:", *lines[-40:]]))
 
 
 class Command(BaseCommand):
-    help = "Runs the site with several workers, sends it requests, and compares what was sent with what was counted."
+    help = "Runs the site with several workers, sends requests, and compares the number sent with the number counted."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--duration", type=int, default=20, metavar="SECONDS", help="Of the traffic. Default: 20.")
-        parser.add_argument("--workers", type=int, default=4, metavar="N", help="Of gunicorn. Default: 4.")
-        parser.add_argument("--keep", action="store_true", help="Leave everything running until Ctrl-C.")
+        parser.add_argument(
+            "--duration", type=int, default=20, metavar="SECONDS", help="Duration of the traffic. Default: 20."
+        )
+        parser.add_argument(
+            "--workers", type=int, default=4, metavar="N", help="Number of gunicorn workers. Default: 4."
+        )
+        parser.add_argument("--keep", action="store_true", help="Keep everything running until Ctrl-C.")
 
     def handle(self, *args: Any, duration: int, workers: int, keep: bool, **options: Any) -> None:
         if duration < 1 or workers < 1:
@@ -111,7 +116,7 @@ class Command(BaseCommand):
             **os.environ,
             "DEMO_DATABASE": str(self.folder / "demo.sqlite3"),
             "DEMO_PORT_RANGE": format_ports(self.ports),
-            # Nothing that another run left in the usual places may be counted, nor another site's be overwritten.
+            # Do not count what another run has left in the default folders, and do not overwrite files of other sites.
             "DEMO_LEDGER_DIR": str(self.folder / "ledgers"),
             "TMPDIR": str(self.folder),
             "XDG_RUNTIME_DIR": str(self.folder),
@@ -130,9 +135,9 @@ class Command(BaseCommand):
         if found := shutil.which("prometheus"):
             programs.append(self.start_prometheus(found, home, workers))
         else:
-            self.say("There is no `prometheus` on PATH, so the rest goes without: https://prometheus.io/download/")
+            self.say("There is no `prometheus` on PATH; the demo continues without it: https://prometheus.io/download/")
 
-        self.say("What the workers do is drawn while they do it:")
+        self.say("Pages that show the workers at work:")
         self.show_pages()
         sent = self.send_requests(duration, programs[0])
         counted = self.count_in_workers()
@@ -146,18 +151,23 @@ class Command(BaseCommand):
         if agree:
             self.say(self.style.SUCCESS(f"They agree: each of the {sent.total()} requests was counted once."))
         self.say(
-            "\n" + (f"Running until Ctrl-C, or until SIGTERM to {os.getpid()}:" if keep else "--keep lets it run:")
+            "\n"
+            + (
+                f"Running until Ctrl-C, or until SIGTERM to {os.getpid()}:"
+                if keep
+                else "With --keep, these would stay available:"
+            )
         )
         self.show_addresses(with_prometheus=bool(found))
         if keep:
             self.keep_running(programs)
         if not agree:
-            raise programs[0].failure("They do not agree: what was counted is not what was sent.")
+            raise programs[0].failure("They do not agree: the requests counted differ from those sent.")
 
     def manage(self, *words: str) -> None:
         program = self.start(words[0], sys.executable, "manage.py", *words)
         if not self.wait_until(lambda: program.poll() == 0, program):
-            raise program.failure(f"manage.py {words[0]} did not succeed.")
+            raise program.failure(f"manage.py {words[0]} failed.")
 
     def start_gunicorn(self, workers: int) -> Program:
         options = ["-c", "demo_site/gunicorn.conf.py", "--bind", f"{HOST}:{self.site_port}", "--workers", str(workers)]
@@ -263,7 +273,7 @@ class Command(BaseCommand):
         return program
 
     def wait_until(self, condition: Callable[[], bool], program: Program) -> bool:
-        """Return whether the condition came true before the deadline, and before the program ended."""
+        """Return whether the condition became true before the deadline, and before the program ended."""
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
             last = program.poll() is not None or time.monotonic() > deadline
@@ -275,7 +285,7 @@ class Command(BaseCommand):
 
     def pause(self) -> None:
         if self.interrupted:
-            raise CommandError("Interrupted: what the demo had started is stopped and removed.", returncode=130)
+            raise CommandError("Interrupted. The demo has stopped its programs and removed its files.", returncode=130)
         time.sleep(PAUSE_SECONDS)
 
     def say(self, text: str, *, passing: bool = False) -> None:
@@ -285,7 +295,7 @@ class Command(BaseCommand):
 
 
 def _find_free_ports(count: int) -> range:
-    """Return consecutive ports below those that the kernel gives to outgoing connections."""
+    """Return consecutive free ports below the kernel's ephemeral ports."""
     blocks = [range(first, first + count) for first in range(20000, 32768 - count, count)]
     random.shuffle(blocks)  # for demos that start at the same time
     for block in blocks:
@@ -293,7 +303,7 @@ def _find_free_ports(count: int) -> range:
             for port in block:
                 held.enter_context(claim(HOST, [port]).listener)
             return block
-    raise CommandError(f"No {count} ports in a row are free in 20000-32767 on {HOST}; give fewer --workers.")
+    raise CommandError(f"There are no {count} consecutive free ports in 20000-32767 on {HOST}. Use fewer --workers.")
 
 
 def _fetch(port: int, path: str, method: str = "GET") -> tuple[int, bytes]:

@@ -26,7 +26,7 @@ from django_promports.stopping import parse_seconds, stop_signals
 class Command(BaseCommand):
     help = "Writes the Prometheus file_sd target list that covers every port of PROMPORTS_PORT_RANGE."
     requires_system_checks = (TAG,)
-    # Where a worker was live when --watch looked last.
+    # By host, the ports that were live when --watch looked last.
     live: Mapping[str, Sequence[int]] = {}
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -34,55 +34,55 @@ class Command(BaseCommand):
         destination.add_argument(
             "--check",
             action="store_true",
-            help="Write no list, but ask every target of it (those on this machine, where no host is given) and report "
-            "who answers. The exit status is 0 if each host has a live worker and all of them can be scraped, and 1 if "
-            "another program or site has one of the ports, an endpoint answers garbage, an error or too late, or a "
-            "process waits for a port. A free port is no fault.",
+            help="Write no list, but query every target (on this machine, if no host is given) and report which ones "
+            "answer. The exit status is 0 if each host has a live worker and all workers can be scraped. It is 1 if "
+            "another program or site holds one of the ports, an endpoint answers too late or not correctly, or a "
+            "process waits for a port. Free ports are normal.",
         )
         destination.add_argument(
             "--output",
             "-o",
             type=Path,
             metavar="FILE",
-            help="Write to FILE, which Prometheus never sees half written, instead of standard output.",
+            help="Write to FILE, which is replaced atomically, instead of standard output.",
         )
         parser.add_argument(
             "--host",
             action="append",
             default=[],
-            help="Host name or IP address of a target, instead of PROMPORTS_TARGET_HOST. Repeat it for several hosts: "
-            "each has every port.",
+            help="Host name or IP address of the targets, instead of PROMPORTS_TARGET_HOST. Repeatable; each host has "
+            "every port.",
         )
         parser.add_argument(
             "--hosts-file",
             metavar="FILE",
-            help="More hosts, one on each line of FILE or, where it is -, of standard input. Blank lines and what "
-            "follows a # are left out; a bad or repeated name is an error, and nothing is written.",
+            help="More hosts, one per line of FILE, or of standard input if FILE is -. Blank lines and comments (#) "
+            "are ignored. If a name is invalid or repeated, nothing is written.",
         )
         parser.add_argument(
             "--label",
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="Label of every target, added to PROMPORTS_TARGET_LABELS. Repeatable.",
+            help="A label of every target, added to PROMPORTS_TARGET_LABELS. Repeatable.",
         )
         parser.add_argument(
             "--worker-label",
             action="store_true",
-            help="One target group per port, with a label `worker` that counts the ports from 0.",
+            help="One target group per port with a label `worker`, 0 for the first port.",
         )
         parser.add_argument(
             "--live",
             action="store_true",
-            help="Only the ports at which a worker of this site answers now: at the hosts given, or on this machine.",
+            help="List only ports at which a worker of this site answers now, on the given hosts or on this machine.",
         )
         parser.add_argument(
             "--watch",
             type=parse_seconds,
             metavar="SECONDS",
-            help="Keep --output current as --live makes it, looking every so many seconds until SIGTERM or Ctrl-C. "
-            "What fails at the start ends it; later it says so once, leaves the file as it is and tries again. A "
-            "worker that answers too late stays in the file, so that its scrapes fail and do not vanish.",
+            help="Keep --output current with the live ports: query them every SECONDS until SIGTERM or Ctrl-C. An "
+            "error at the start ends the command; a later one is reported once, the file stays as it is, and the "
+            "command tries again. A worker that answers too late stays in the file, so that its scrapes fail visibly.",
         )
         parser.add_argument(
             "--format",
@@ -94,7 +94,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         watch = options["watch"] is not None
         if watch and options["output"] is None:
-            raise CommandError("--watch keeps a file current; name it with --output FILE.")
+            raise CommandError("--watch keeps a file current; set it with --output FILE.")
         options["live"] = options["live"] or watch
         if options["format"] == "kubernetes" and (options["host"] or options["hosts_file"] or options["live"]):
             raise CommandError(
@@ -137,7 +137,7 @@ class Command(BaseCommand):
                 "exists and is writable; nothing was changed."
             ) from None
         if options["verbosity"] > 0 and written:
-            self.stderr.write(f"Wrote {output}.", style_func=str)  # no error
+            self.stderr.write(f"Wrote {output}.", style_func=str)  # without the style of an error
         elif options["verbosity"] > 1:
             self.stderr.write(f"{output} was up to date.", style_func=str)
 
@@ -160,15 +160,15 @@ class Command(BaseCommand):
         if not hosts and (waiting := count_waiting(ports)):
             wrong.append(format_waiting(waiting))
         if wrong:
-            raise CommandError(f"Not all is well: {'; '.join(wrong)}.")
+            raise CommandError(f"Check failed: {'; '.join(wrong)}.")
 
     def content(self, **options: Any) -> Callable[[], Iterator[bytes]]:
         labels = {**conf.PROMPORTS_TARGET_LABELS, **dict(_parse_label(text) for text in options["label"])}
         if options["worker_label"] and "worker" in labels:
-            raise ValueError("The label 'worker' is set already; rename it, or leave out --worker-label.")
+            raise ValueError("The label 'worker' is already set; rename it, or leave out --worker-label.")
         if options["format"] == "kubernetes":
             if ipaddress.ip_address(conf.PROMPORTS_ADDRESS).is_loopback:
-                self.stderr.write("PROMPORTS_ADDRESS is a loopback address: nobody outside of the pod reaches it.")
+                self.stderr.write("PROMPORTS_ADDRESS is a loopback address: it cannot be reached from outside the pod.")
             return partial(
                 dump_kubernetes,
                 conf.slug,
@@ -204,7 +204,7 @@ def _hosts(**options: Any) -> list[str]:
     name = options["hosts_file"]
     if name is not None:
         try:
-            # What is no UTF-8 is no host name either, and shall be named with its line.
+            # Bytes that are not UTF-8 are not a host name either; parse_hosts() reports them with their line.
             with open(
                 0 if name == "-" else name, encoding="utf-8-sig", errors="backslashreplace", closefd=name != "-"
             ) as lines:

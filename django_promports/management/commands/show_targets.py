@@ -26,7 +26,7 @@ from django_promports.probe import Seen, State
 from django_promports.stopping import parse_seconds, stop_signals
 
 COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
-# Columns of numbers stand right.
+# Columns of numbers are aligned right.
 RIGHT = {"port", "pid", "uptime", "series", "scrape"}
 COLOURS = {State.LIVE: "green", State.SILENT: "yellow", State.OTHER: "red"}
 WATCH_SECONDS = 2.0
@@ -36,22 +36,22 @@ Rows = Sequence[dict[str, Any]]
 
 class Command(BaseCommand):
     help = (
-        "Shows what each port of PROMPORTS_PORT_RANGE does now: live (a worker of this site answers), free, "
-        "other (another program or site has it) or silent (connected, but no answer in time)."
+        "Shows the state of each port of PROMPORTS_PORT_RANGE: live (a worker of this site answers), free, "
+        "other (another program or site holds it) or silent (connected, but no answer in time)."
     )
     requires_system_checks = (TAG,)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         manner = parser.add_mutually_exclusive_group()
-        manner.add_argument("--json", action="store_true", help="For a machine: times in seconds, null where unknown.")
+        manner.add_argument("--json", action="store_true", help="Print JSON: times in seconds, null if unknown.")
         manner.add_argument(
             "--watch",
             nargs="?",
             const=WATCH_SECONDS,
             type=parse_seconds,
             metavar="SECONDS",
-            help=f"Look every so many seconds, {WATCH_SECONDS:g} by default, until Ctrl-C. On a terminal the table "
-            "stays in place and has colours, if `rich` is installed: pip install django-promports[cli].",
+            help=f"Repeat every SECONDS, {WATCH_SECONDS:g} by default, until Ctrl-C. On a terminal the table is "
+            "updated in place and coloured if `rich` is installed: pip install django-promports[cli].",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -82,12 +82,12 @@ class Command(BaseCommand):
                     show(*_inspect())
                     if told_to_stop(options["watch"]):
                         break
-            except BrokenPipeError:  # who reads has seen enough; Python's own flush at the end must not complain
+            except BrokenPipeError:  # the reader has gone; Python's own flush at exit must not raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     @contextlib.contextmanager
     def screen(self, **options: Any) -> Iterator[Callable[[Rows, int], None]]:
-        """Give a function that shows targets in place of those before or, where that cannot be, below them."""
+        """Give a function that shows targets in place of the previous ones or, if that is not possible, below them."""
         if not self.stdout.isatty() or find_spec("rich") is None:
             yield self.show_below
             return
@@ -104,7 +104,7 @@ class Command(BaseCommand):
             for port, state, *others in cells:
                 table.add_row(port, Text(state, COLOURS[State(state)]), *map(Text, others))
             summary, *warnings = _summary(rows, waiting)
-            # On a low terminal the end is cut off, which may as well be ports.
+            # A low terminal cuts off the end, so the summary comes first.
             top = Text(f"{strftime('%X')}  {summary}")
             live.update(Group(top, *(Text(warning, "bold red") for warning in warnings), table), refresh=True)
 
@@ -140,7 +140,7 @@ def _row(seen: Seen) -> dict[str, Any]:
 
 
 def _summary(rows: Rows, waiting: int) -> Iterator[str]:
-    """Yield the line that is always there, and what is wrong."""
+    """Yield the summary line, then warnings."""
     states = Counter(row["state"] for row in rows)
     ports = [row["port"] for row in rows]
     yield f"{states[State.LIVE]} live, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."
@@ -149,7 +149,7 @@ def _summary(rows: Rows, waiting: int) -> Iterator[str]:
 
 
 def _cells(rows: Rows) -> list[list[str]]:
-    """Return the header and the texts of the ports that are not free; nothing if all are."""
+    """Return the header and a row for each port that is not free; nothing if all are free."""
     cells = [list(COLUMNS)]
     for row in rows:
         if row["state"] == State.FREE:
