@@ -90,9 +90,12 @@ class _MovedValue(MutexValue):
         target._value = target._cells[target._index] = value
 
 
+KNOWN = frozenset({MutexValue, CellValue})
+
+
 def are_known(values: list[Any]) -> bool:
     """Whether these are values that this package can read and replace."""
-    return all(type(value) in (MutexValue, CellValue) for value in values)
+    return KNOWN.issuperset(map(type, values))
 
 
 def give_cell(value: Any) -> CellValue:
