@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from django_promports import ports, presence
+from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
 from django_promports.secret import make_secret, remove_secret
 from django_promports.thread import PAUSE_SECONDS
-from django_promports.values import Book
 
 logger = logging.getLogger("django_promports")
 
@@ -57,14 +57,17 @@ class Terms(NamedTuple):
 class Holder:
     """One process as the holder of a port and its ledger. A forked child gets a new one.
 
-    book: the metrics that count in the ledger. read_terms: returns the current settings. make_endpoint: returns the
+    binding: the metrics that count in the ledger. read_terms: returns the current settings. make_endpoint: returns the
     endpoint of a claimed port. port, endpoint: None without a port. claimed_at: when the port was claimed, in seconds
     of time.monotonic(). is_worker: whether the process is known to be a worker; until then it may be a master, whose
     children are the workers. is_broken: whether it failed in a way that waiting does not fix.
     """
 
     def __init__(
-        self, book: Book, read_terms: Callable[[], Terms], make_endpoint: Callable[[Holder, ports.Claim], Endpoint]
+        self,
+        binding: Binding,
+        read_terms: Callable[[], Terms],
+        make_endpoint: Callable[[Holder, ports.Claim], Endpoint],
     ) -> None:
         self.pid = os.getpid()
         self.lock = threading.RLock()
@@ -74,7 +77,7 @@ class Holder:
         self.is_broken = False
         self.is_waiting = False
         self.waiting_sign: Any = None
-        self._book, self._read_terms, self._make_endpoint = book, read_terms, make_endpoint
+        self._binding, self._read_terms, self._make_endpoint = binding, read_terms, make_endpoint
         self._retry: threading.Thread | None = None
         self._stopping = threading.Event()
         self._retrying_since = 0.0
@@ -112,7 +115,7 @@ class Holder:
             if self.endpoint is not None:
                 self.endpoint.pause(seconds)
                 try:
-                    self._book.close(undo=undo)
+                    self._binding.close(undo=undo)
                 finally:
                     self.endpoint.stop()
                 logger.info("Freed the metrics port. port=%s pid=%s", self.port, os.getpid())
@@ -154,10 +157,10 @@ class Holder:
         claim, ledger = self._claim_with_ledger(self._read_terms(), waited)
         try:
             if ledger is not None:
-                self._book.open(ledger)
+                self._binding.open(ledger)
             endpoint = self._make_endpoint(self, claim)
         except BaseException:
-            self._book.close()
+            self._binding.close()
             claim.listener.close()
             raise
         endpoint.start()

@@ -22,13 +22,14 @@ from urllib.parse import parse_qs
 
 from django_promports import proof
 from django_promports.activity import Activity
-from django_promports.exposition import SLICE_SECONDS, Exposition
 from django_promports.http import Request, Response, is_authorized, plain, receive_head
 from django_promports.logs import LimitedLog
 from django_promports.loop import NEXT_TURN, READ, Conversation, Loop, Steps, attempt, receive, send_all
 from django_promports.own import own_metrics
 from django_promports.page import html
 from django_promports.page.overview import Overview, make_origin
+from django_promports.scrape.exposition import Exposition
+from django_promports.scrape.pace import SLICE_SECONDS
 from django_promports.targets import check_host
 from django_promports.thread import PAUSE_SECONDS, LoopThread
 

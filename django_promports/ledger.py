@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from django_promports.kinds import KINDS
 from django_promports.unix import lock_file
 
 logger = logging.getLogger("django_promports")
@@ -106,7 +107,7 @@ class Family:
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.width = {"counter": 1, "summary": 2, "histogram": 1 + len(self.bounds)}[self.type]
+        self.width = KINDS[self.type].count_values(self.bounds)
 
     @property
     def shape(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -115,8 +116,8 @@ class Family:
 
     @property
     def growing(self) -> slice:
-        """Which of its values only ever grow: all but the sum of observations, which may be negative."""
-        return slice(1, None) if self.type == "histogram" else slice(0, 1)
+        """Which of its values never fall."""
+        return KINDS[self.type].growing
 
     def read(self, firsts: Iterable[int]) -> bytes:
         """Return the values of the series that begin at these cells, as bytes of float64, one after the other."""

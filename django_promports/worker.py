@@ -36,16 +36,16 @@ from django.core.signals import request_started
 
 from django_promports import ports, presence
 from django_promports.activity import Activity
+from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
 from django_promports.discovery import find_targets, survey
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
 from django_promports.loop import READ, Steps
 from django_promports.own import own_metrics
 from django_promports.probe import APPLICATION
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 
 logger = logging.getLogger("django_promports")
 
@@ -216,11 +216,11 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
     port_range = conf.PROMPORTS_PORT_RANGE
     endpoint = Endpoint(
         claim.listener,
-        exposition=Exposition(_book, created=conf.PROMPORTS_CREATED_SERIES),
+        exposition=Exposition(_binding, created=conf.PROMPORTS_CREATED_SERIES),
         about=_describe(claim.port),
         find_targets=find_targets,
         survey=survey,
-        activity=Activity(_book.registry, conf.metric_namespace),
+        activity=Activity(_binding.registry, conf.metric_namespace),
         tls=conf.server_tls(),
         read_token=conf.read_token,
         read_keys=conf.read_keys,
@@ -262,8 +262,8 @@ def _command() -> str:
     return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
 
 
-_book = Book()
-_process = Holder(_book, _read_terms, _make_endpoint)
+_binding = Binding()
+_process = Holder(_binding, _read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
@@ -276,7 +276,7 @@ _uwsgi_carried: int | None = None
 def _begin_process() -> Holder:
     """Give this forked child a Holder of its own, and return the one that it inherited."""
     global _process
-    parent, _process = _process, Holder(_book, _read_terms, _make_endpoint)
+    parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
     return parent
 
@@ -307,7 +307,7 @@ def _before_fork() -> None:
         # in a process with threads.
         process.endpoint.pause()
     if not process.is_worker:
-        _book.pack()
+        _binding.carry_counts()
 
 
 def _after_fork_in_parent() -> None:
@@ -320,7 +320,7 @@ def _after_fork_in_parent() -> None:
                 process.endpoint.start()
             elif _was_retrying:
                 process.start_retry()
-            _book.part_with_parcel()
+            _binding.drop_carried_counts()
         finally:
             process.lock.release()
 
@@ -333,7 +333,7 @@ def _after_fork_in_child() -> None:
         return
     _forking_thread = None
     try:
-        _book.begin_in_child(keep=not parent.is_worker)
+        _binding.begin_in_child(keep=not parent.is_worker)
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:
@@ -403,8 +403,8 @@ def _begin_after_unseen_fork() -> None:
     """
     _begin_process()
     try:
-        _book.pack()
-        _book.begin_in_child(keep=_uwsgi_carried is not None and os.read(_uwsgi_carried, 1) != b"")
+        _binding.carry_counts()
+        _binding.begin_in_child(keep=_uwsgi_carried is not None and os.read(_uwsgi_carried, 1) != b"")
     except Exception:
         logger.exception("A forked child (pid %s) may export counts of its parent a second time.", os.getpid())
 

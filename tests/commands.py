@@ -18,12 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from django_promports import ports, proof
 from django_promports.activity import Activity
+from django_promports.binding import Binding
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
 from django_promports.loop import Loop, Steps
 from django_promports.page.overview import Overview
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 from tests.servers import ROOT
 
 # Root can write to read-only folders and bind privileged ports.
@@ -69,7 +69,7 @@ def endpoint(
         about=lambda: described,
         find_targets=_find_none,
         survey=survey_nothing,
-        exposition=Exposition(Book(registry or CollectorRegistry())),
+        exposition=Exposition(Binding(registry or CollectorRegistry())),
         activity=Activity(registry or CollectorRegistry()),
         tls=tls,
         read_token=lambda: token,

@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from django_promports import activity as activity_module
 from django_promports.activity import KEPT_SECONDS, LATENCY, REQUESTS, SAMPLE_SECONDS, Activity
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
 from django_promports.loop import Loop, Steps
 from django_promports.page.rates import measure_all
-from django_promports.values import Book
 from tests.servers import SECONDS
 
 
@@ -53,17 +53,17 @@ def test_what_earlier_processes_counted_is_no_request_of_this_one(
 ) -> None:
     monkeypatch.setattr(activity_module, "SAMPLE_SECONDS", 0.001)
     for amount in (1000, 4):
-        book = Book(CollectorRegistry())
-        book.open(Ledger(tmp_path / "1.ledger", "site"))
-        activity, loop = Activity(book.registry), Loop()
+        binding = Binding(CollectorRegistry())
+        binding.open(Ledger(tmp_path / "1.ledger", "site"))
+        activity, loop = Activity(binding.registry), Loop()
         loop.spawn(activity.keep(loop))
         loop.turn()
-        requests, _ = count_requests(book.registry)  # at the first request, it may be
+        requests, _ = count_requests(binding.registry)  # at the first request, it may be
         loop.turn()
         requests.inc(amount)
         taken = activity.samples()
         loop.close()
-        book.close()
+        binding.close()
 
     assert taken[0].requests == 1000
     assert taken[-1].requests - taken[0].requests == 4

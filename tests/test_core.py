@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from django_promports.ledger import Ledger
 from tests.servers import ROOT
 
 # Modules that read the settings, implement Django's hooks, or are commands.
@@ -34,29 +35,29 @@ for module in modules:
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
+from django_promports.scrape.exposition import Exposition
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 def serve(count):
     registry = CollectorRegistry()
     claim = ports.claim("127.0.0.1", range(int(first), int(last) + 1))
-    book = Book(registry)
-    book.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
+    binding = Binding(registry)
+    binding.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
     Counter("pieces", "Work done.", ["who"], registry=registry).labels("me").inc(count)
     endpoint = Endpoint(
         claim.listener,
         about=lambda: {},
         find_targets=lambda loop: iter(()),
         survey=lambda loop: iter(()),
-        exposition=Exposition(book),
+        exposition=Exposition(binding),
         activity=Activity(registry),
     )
     endpoint.start()
     with urllib.request.urlopen(f"http://127.0.0.1:{claim.port}/metrics") as response:
         lines = response.read().decode().splitlines()
     endpoint.pause()
-    book.close()
+    binding.close()
     endpoint.stop()
     return next(line for line in lines if line.startswith("pieces_total"))
 
@@ -98,3 +99,32 @@ def test_what_needs_django_says_so_when_it_is_missing() -> None:
     )
 
     assert "ModuleNotFoundError: No module named 'django" in done.stderr
+
+
+READ = """
+import sys
+sys.modules["prometheus_client"] = None  # importing it fails
+
+from pathlib import Path
+from django_promports.ledger import Ledger
+
+ledger = Ledger(Path(sys.argv[1]), "a site")
+for family in ledger.families.values():
+    print(family.type, len(family.read(family.series.values())) // 8)
+ledger.close()
+"""
+
+
+def test_a_ledger_is_read_where_prometheus_client_cannot_be_imported(tmp_path: Path) -> None:
+    path = tmp_path / "1.ledger"
+    ledger = Ledger(path, "a site")
+    for type_, bounds in (("counter", ()), ("summary", ()), ("histogram", ("1.0", "+Inf"))):
+        ledger.add_series(ledger.add_family(type_, type_, "", "", (), bounds), (), 1.0)
+    ledger.close()
+
+    done = subprocess.run(
+        [sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["counter 1", "summary 2", "histogram 3"]

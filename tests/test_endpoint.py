@@ -28,14 +28,14 @@ from prometheus_client.core import GaugeMetricFamily
 from django_promports import endpoint as endpoint_module
 from django_promports import thread as thread_module
 from django_promports.activity import Activity
+from django_promports.binding import Binding
 from django_promports.endpoint import MAX_CONNECTIONS, Endpoint
-from django_promports.exposition import Exposition
 from django_promports.http import MAX_HEADER_BYTES, Request
 from django_promports.loop import Loop, Steps
 from django_promports.own import own_metrics
 from django_promports.ports import claim
 from django_promports.probe import count_samples
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 from tests.commands import survey_nothing
 from tests.servers import ROOT, SECONDS, wait_until
 from tests.test_activity import count_requests
@@ -88,7 +88,7 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
             options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
-            exposition, activity = Exposition(Book(registry)), Activity(registry)
+            exposition, activity = Exposition(Binding(registry)), Activity(registry)
             endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
             endpoint.start()
             stack.callback(endpoint.stop)
@@ -684,10 +684,10 @@ from prometheus_client import REGISTRY
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
+from django_promports.binding import Binding
 claim = ports.claim("127.0.0.1", [int(__import__("sys").argv[1])])
-exposition, activity = Exposition(Book()), Activity(REGISTRY)
+exposition, activity = Exposition(Binding()), Activity(REGISTRY)
 parts = {"exposition": exposition, "activity": activity}
 endpoint = Endpoint(claim.listener, about=dict, find_targets=None, survey=None, **parts)
 endpoint.start()
@@ -804,13 +804,13 @@ import os, resource, socket, urllib.request
 from prometheus_client import REGISTRY
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
-from django_promports.exposition import Exposition
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
+from django_promports.binding import Binding
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
-exposition, activity = Exposition(Book()), Activity(REGISTRY)
+exposition, activity = Exposition(Binding()), Activity(REGISTRY)
 Endpoint(listener, about=dict, find_targets=None, survey=None, exposition=exposition, activity=activity).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))

@@ -41,11 +41,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from django_promports import exposition
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
 from django_promports.probe import count_samples
-from django_promports.values import Book, CellValue
+from django_promports.scrape import exposition
+from django_promports.scrape.exposition import Exposition
+from django_promports.values import CellValue
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
 ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values", "unheard-of")
@@ -61,7 +62,7 @@ FORMATS = [
 Answer = tuple[list[tuple[str, str]], bytes]
 
 
-def ask_prometheus_client(book: Any, accept: str, encoding: str, names: Sequence[str] = ()) -> Answer:
+def ask_prometheus_client(binding: Any, accept: str, encoding: str, names: Sequence[str] = ()) -> Answer:
     """Return headers and plain body."""
     headers: list[tuple[str, str]] = []
     environ = {
@@ -71,7 +72,7 @@ def ask_prometheus_client(book: Any, accept: str, encoding: str, names: Sequence
         "HTTP_ACCEPT": accept,
         "HTTP_ACCEPT_ENCODING": encoding,
     }
-    body = b"".join(make_wsgi_app(book)(environ, lambda status, pairs: headers.extend(pairs)))
+    body = b"".join(make_wsgi_app(binding)(environ, lambda status, pairs: headers.extend(pairs)))
     return headers, gzip.decompress(body) if ("Content-Encoding", "gzip") in headers else body
 
 
@@ -93,9 +94,9 @@ def ask(ours: Exposition, accept: str = OPENMETRICS, encoding: str = "gzip", nam
 
 
 def assert_equal(
-    ours: Exposition, book: Book, accept: str = OPENMETRICS, encoding: str = "gzip", names: Sequence[str] = ()
+    ours: Exposition, binding: Binding, accept: str = OPENMETRICS, encoding: str = "gzip", names: Sequence[str] = ()
 ) -> None:
-    expected, got = ask_prometheus_client(book, accept, encoding, names), ask(ours, accept, encoding, names)
+    expected, got = ask_prometheus_client(binding, accept, encoding, names), ask(ours, accept, encoding, names)
     if names:
         # prometheus_client walks a set of collectors here, so their order differs from process to process.
         assert (got[0], split_families(got[1])) == (expected[0], split_families(expected[1]))
@@ -259,8 +260,8 @@ def operate(
             child.state("on" if number > 0 else "off")
 
 
-def sample_names(book: Book) -> list[str]:
-    return sorted({sample.name for metric in book.collect() for sample in metric.samples})
+def sample_names(binding: Binding) -> list[str]:
+    return sorted({sample.name for metric in binding.collect() for sample in metric.samples})
 
 
 @settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -269,39 +270,41 @@ def test_output_equals_prometheus_clients(data: st.DataObject, specs: list[dict[
     prometheus_metrics._use_created = True
     CellValue.has_exemplars = False
     with tempfile.TemporaryDirectory() as folder:
-        books = []
+        bindings = []
         # The second process comes after the first one, and has made some of its metrics.
         for made in (specs, specs[: data.draw(st.integers(0, len(specs)))])[: 1 + with_ledger]:
             target = data.draw(st.sampled_from([None, {"target": "x"}]))
             registry = CollectorRegistry(target_info=target, auto_describe=True)
-            book = Book(registry)
+            binding = Binding(registry)
             if with_ledger:
-                book.open(Ledger(Path(folder) / "1.ledger", "app"))
-            books.append(book)
+                binding.open(Ledger(Path(folder) / "1.ledger", "app"))
+            bindings.append(binding)
             collectors = make_metrics(registry, made)
             if data.draw(st.booleans()):
                 registry.register(Stamped("stamped", data.draw(st.lists(NUMBERS, min_size=1, max_size=9))))
-            ours = Exposition(book)
+            ours = Exposition(binding)
             for accept, encoding, restrict in data.draw(st.lists(SCRAPES, min_size=1, max_size=4)):
                 for what, which, labelvalues, number, exemplar in data.draw(OPERATIONS) if collectors else []:
                     operate(registry, collectors[which % len(collectors)], what, labelvalues, number, exemplar)
-                names = sample_names(book)
+                names = sample_names(binding)
                 if restrict and names:
-                    assert_equal(ours, book, accept, encoding, data.draw(st.lists(st.sampled_from(names), min_size=1)))
-                assert_equal(ours, book, accept, encoding)
-                assert_equal(ours, book, accept, encoding)
+                    assert_equal(
+                        ours, binding, accept, encoding, data.draw(st.lists(st.sampled_from(names), min_size=1))
+                    )
+                assert_equal(ours, binding, accept, encoding)
+                assert_equal(ours, binding, accept, encoding)
             assert not ours._warned
             assert ours.failures == 0
-            book.close()
+            binding.close()
 
 
 def test_every_format_equals_prometheus_clients_twice_over(registry: CollectorRegistry) -> None:
     Info("build", "Version.", registry=registry).info({"version": '1"'})
     fill(registry, 20)
-    ours, book = Exposition(Book(registry)), Book(registry)
+    ours, binding = Exposition(Binding(registry)), Binding(registry)
     for accept in FORMATS * 2:
         for encoding in ("", "gzip", "identity", "deflate;q=1, gzip;q=0.5"):
-            assert_equal(ours, book, accept, encoding)
+            assert_equal(ours, binding, accept, encoding)
 
 
 def test_demo_sites_registry_equals_prometheus_clients(
@@ -314,12 +317,12 @@ def test_demo_sites_registry_equals_prometheus_clients(
         if not hasattr(collector, "_labelnames"):
             frozen = list(collector.collect())
             monkeypatch.setattr(collector, "collect", lambda frozen=frozen: frozen)
-    book = Book(REGISTRY)
-    ours = Exposition(book)
+    binding = Binding(REGISTRY)
+    ours = Exposition(binding)
     for path in ("/nowhere/", "/nowhere/else/"):
         client.get(path)
         for accept in FORMATS:
-            assert_equal(ours, book, accept)
+            assert_equal(ours, binding, accept)
     assert b"django_http_responses_total_by_status_view_method_total" in ask(ours)[1]
     assert not warnings()
 
@@ -349,10 +352,10 @@ def test_large_registry_stays_equal_while_its_children_come_change_and_go(
 ) -> None:
     chance = random.Random(4)
     children = fill(registry, 400)
-    book = Book(registry)
-    ours = Exposition(book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
     for step in range(12):
-        assert_equal(ours, book, accept)
+        assert_equal(ours, binding, accept)
         for child in chance.sample(children, len(children) // 9 * (step % 3)):
             touch(child, chance.random())
         for collector in list(registry._collector_to_names):
@@ -367,29 +370,29 @@ def test_large_registry_stays_equal_while_its_children_come_change_and_go(
 
 
 def test_series_that_only_the_ledger_has_are_exposed(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
-    before = Book(CollectorRegistry())
+    before = Binding(CollectorRegistry())
     before.open(Ledger(tmp_path / "1.ledger", "app"))
     fill(before.registry, 150)
     Counter("odd_total_total", "Odd.", registry=before.registry).inc()
     before.close()
 
     registry = CollectorRegistry()
-    book = Book(registry)
-    book.open(Ledger(tmp_path / "1.ledger", "app"))
-    ours = Exposition(book)
+    binding = Binding(registry)
+    binding.open(Ledger(tmp_path / "1.ledger", "app"))
+    ours = Exposition(binding)
     lines = ask(ours)[1].count(b"\n")
     assert lines > 150 * 10
     for accept in (OPENMETRICS, ""):
-        assert_equal(ours, book, accept)
+        assert_equal(ours, binding, accept)
     responses = Counter("responses", "Responses.", ["status", "view"], registry=registry)
     for i in range(0, 150, 2):
         responses.labels("200", f"view-{i}").inc()
-        assert_equal(ours, book, ("", OPENMETRICS)[i % 4 // 2])
+        assert_equal(ours, binding, ("", OPENMETRICS)[i % 4 // 2])
     assert ask(ours)[1].count(b"\n") == lines
     responses.clear()
-    assert_equal(ours, book)
+    assert_equal(ours, binding)
     assert not warnings()
-    book.close()
+    binding.close()
 
 
 def test_complete_scrape_is_noted_in_the_ledger(tmp_path: Path, registry: CollectorRegistry) -> None:
@@ -400,17 +403,17 @@ def test_complete_scrape_is_noted_in_the_ledger(tmp_path: Path, registry: Collec
             self.notes += 1
 
     counter = Counter("requests", "", registry=registry)
-    book = Book(registry)
+    binding = Binding(registry)
     ledger = Noting(tmp_path / "1.ledger", "app")
-    book.open(ledger)
-    ours = Exposition(book)
+    binding.open(ledger)
+    ours = Exposition(binding)
     counter.inc()
     ask(ours, names=["requests_total"])
     ours.render(OPENMETRICS, "gzip", []).close()
     assert ledger.notes == 0
     ask(ours)
     assert ledger.notes == 1
-    book.close()
+    binding.close()
 
 
 # --- what changes without a number that does
@@ -419,15 +422,15 @@ def test_complete_scrape_is_noted_in_the_ledger(tmp_path: Path, registry: Collec
 def test_exemplar_that_comes_after_its_count_shows(registry: CollectorRegistry) -> None:
     counter = Counter("requests", "", ["view"], registry=registry)
     counter.labels("a").inc()
-    book = Book(registry)
-    ours = Exposition(book)
-    assert_equal(ours, book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
+    assert_equal(ours, binding)
     counter.labels("a").inc(0, {"trace_id": "x"})
     assert b'trace_id="x"' in ask(ours)[1]
     counter.labels("a").inc(0, {"trace_id": "y"})
     assert b'trace_id="y"' in ask(ours)[1]
-    assert_equal(ours, book)
-    assert_equal(ours, book, "")
+    assert_equal(ours, binding)
+    assert_equal(ours, binding, "")
 
 
 def test_exemplar_shows_where_cells_were_read_before(
@@ -435,48 +438,48 @@ def test_exemplar_shows_where_cells_were_read_before(
 ) -> None:
     monkeypatch.setattr(CellValue, "has_exemplars", False)
     counter = Counter("requests", "", ["view"], registry=registry)
-    book = Book(registry)
-    book.open(Ledger(tmp_path / "1.ledger", "app"))
-    ours = Exposition(book)
+    binding = Binding(registry)
+    binding.open(Ledger(tmp_path / "1.ledger", "app"))
+    ours = Exposition(binding)
     counter.labels("a").inc()
-    assert_equal(ours, book)
+    assert_equal(ours, binding)
     counter.labels("a").inc(0, {"trace_id": "x"})
     assert b'trace_id="x"' in ask(ours)[1]
-    assert_equal(ours, book)
-    book.close()
+    assert_equal(ours, binding)
+    binding.close()
 
 
 def test_metric_is_read_from_its_new_cells(registry: CollectorRegistry, tmp_path: Path) -> None:
     counter = Counter("requests", "", ["view"], registry=registry)
-    book = Book(registry)
-    ours = Exposition(book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
     for name in ("1.ledger", "2.ledger"):
-        book.open(Ledger(tmp_path / name, "app"))
+        binding.open(Ledger(tmp_path / name, "app"))
         for _ in range(2):
             counter.labels("a").inc()
-            assert_equal(ours, book)
+            assert_equal(ours, binding)
             registry.unregister(counter)
             registry.register(counter)
             counter.labels("a").inc()
-            assert_equal(ours, book)
-        book.close()
+            assert_equal(ours, binding)
+        binding.close()
         counter.labels("a").inc()
-        assert_equal(ours, book)
+        assert_equal(ours, binding)
 
 
 def test_reset_counter_has_a_new_created_series(registry: CollectorRegistry) -> None:
     counter = Counter("requests", "", registry=registry)
-    book = Book(registry)
-    ours = Exposition(book)
-    assert_equal(ours, book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
+    assert_equal(ours, binding)
     counter.reset()
-    assert_equal(ours, book)
-    assert_equal(ours, book, "")
+    assert_equal(ours, binding)
+    assert_equal(ours, binding, "")
 
 
 def test_gauge_tells_zero_from_minus_zero(registry: CollectorRegistry) -> None:
     gauge = Gauge("balance", "", registry=registry)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     gauge.set(0.0)
     assert b"balance 0.0\n" in ask(ours)[1]
     gauge.set(-0.0)
@@ -484,7 +487,7 @@ def test_gauge_tells_zero_from_minus_zero(registry: CollectorRegistry) -> None:
 
 
 def test_created_series_can_be_left_out(registry: CollectorRegistry, tmp_path: Path) -> None:
-    before = Book(CollectorRegistry())
+    before = Binding(CollectorRegistry())
     before.open(Ledger(tmp_path / "1.ledger", "app"))
     Counter("former", "", registry=before.registry).inc()
     before.close()
@@ -492,9 +495,9 @@ def test_created_series_can_be_left_out(registry: CollectorRegistry, tmp_path: P
     children = fill(registry, 3)
     Mine("mine", "", registry=registry)
     registry.register(Stamped("stamped", [1.0]))
-    book = Book(registry)
-    book.open(Ledger(tmp_path / "1.ledger", "app"))
-    ours, with_created = Exposition(book, created=False), Exposition(book)
+    binding = Binding(registry)
+    binding.open(Ledger(tmp_path / "1.ledger", "app"))
+    ours, with_created = Exposition(binding, created=False), Exposition(binding)
     for accept in FORMATS:
         body, whole = ask(ours, accept)[1], ask(with_created, accept)[1]
         assert b"_created" in whole
@@ -504,7 +507,7 @@ def test_created_series_can_be_left_out(registry: CollectorRegistry, tmp_path: P
         assert b"_created" not in body
     children[1].observe(1.0, {"trace_id": "x"})
     assert b"_created" not in ask(ours)[1]
-    book.close()
+    binding.close()
 
 
 # --- what this module does not know
@@ -536,8 +539,8 @@ def rename_buckets(monkeypatch: pytest.MonkeyPatch, cls: type[Histogram]) -> Non
 def test_moved_internals_cost_speed_and_one_warning(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
-    book = Book(registry)
-    ours = Exposition(book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
     with monkeypatch.context() as patch:
         rename_buckets(patch, Histogram)
         children = fill(registry, 3)
@@ -545,7 +548,7 @@ def test_moved_internals_cost_speed_and_one_warning(
             Histogram(name, "", registry=registry).observe(1)
         for accept in FORMATS:
             touch(children[1], 1.0)
-            assert_equal(ours, book, accept)
+            assert_equal(ours, binding, accept)
     (warning,) = warnings()
     assert "slower" in warning
 
@@ -554,11 +557,11 @@ def test_class_that_is_patched_between_two_scrapes_is_noticed(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(registry, 3)
-    book = Book(registry)
-    ours = Exposition(book)
-    assert_equal(ours, book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
+    assert_equal(ours, binding)
     monkeypatch.setattr(Counter, "_child_samples", lambda self: [Sample("_patched", {}, 1.0)])
-    assert_equal(ours, book)
+    assert_equal(ours, binding)
     assert b"_patched" in ask(ours)[1]
 
 
@@ -567,7 +570,7 @@ def test_registry_that_moved_goes_through_prometheus_client_as_a_whole(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]], gone: str
 ) -> None:
     fill(registry, 3)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     expected = ask(ours)
     with monkeypatch.context() as patch:
         if gone == "_use_created":
@@ -586,16 +589,16 @@ def test_values_of_another_class_go_through_prometheus_client(
             return 2 * self._value
 
     fill(registry, 2)
-    book = Book(registry)
-    ours = Exposition(book)
-    assert_equal(ours, book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
+    assert_equal(ours, binding)
     monkeypatch.setattr(prometheus_values, "ValueClass", Doubled)
     Counter("doubled", "", registry=registry).inc(4)
     for collector in list(registry._collector_to_names):
         if isinstance(collector, Counter) and collector._labelnames:
             collector.labels("200", "doubled").inc(4)
     assert b"doubled_total 8.0" in ask(ours)[1]
-    assert_equal(ours, book)
+    assert_equal(ours, binding)
     assert not warnings()
 
 
@@ -607,7 +610,7 @@ def test_subclass_and_function_keep_their_own_samples(
     gauge.labels("a").set(7)
     Mine("mine", "", registry=registry).inc()
     registry.register(Counter("parent", "", ["x"], registry=None).labels("child"))
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     assert b"mine_mine 1.0" in ask(ours)[1]
     gauge.labels("b").set_function(lambda: float(next(numbers)))
     assert [re.findall(rb'queue{name="b"} (.*)', ask(ours)[1]) for _ in range(2)] == [[b"0.0"], [b"1.0"]]
@@ -619,7 +622,7 @@ def test_subclass_and_function_keep_their_own_samples(
 def test_custom_collector_leaves_the_others_fast(registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(registry, 3)
     registry.register(Stamped("stamped", [1.0]))
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     expected = ask(ours)
     monkeypatch.setattr(prometheus_metrics.MetricWrapperBase, "_get_metric", None)  # the generic way needs it
     assert ask(ours) == expected
@@ -634,8 +637,8 @@ def test_collector_that_raises_costs_its_own_metrics_only(
             raise RuntimeError("database gone")
 
     fill(registry, 2)
-    book = Book(registry)
-    ours = Exposition(book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
     expected = ask(ours)
     registry.register(Broken())
     broken_gauge = Gauge("broken", "", registry=registry)
@@ -650,7 +653,7 @@ def test_collector_that_raises_costs_its_own_metrics_only(
 def test_label_that_cannot_be_encoded_costs_its_own_series_only(registry: CollectorRegistry) -> None:
     children = fill(registry, 2)
     bad = Counter("bad", "", ["x"], registry=registry)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     bad.labels("\ud800").inc()
     touch(children[1], 1.0)
     body = ask(ours)[1]
@@ -664,9 +667,9 @@ def test_label_that_cannot_be_encoded_costs_its_own_series_only(registry: Collec
 
 def test_histogram_is_consistent_while_threads_count(registry: CollectorRegistry, tmp_path: Path) -> None:
     histogram = Histogram("seconds", "", ["view"], registry=registry, buckets=[0.1, 0.2, 0.5, 1])
-    book = Book(registry)
-    book.open(Ledger(tmp_path / "1.ledger", "app"))
-    ours = Exposition(book)
+    binding = Binding(registry)
+    binding.open(Ledger(tmp_path / "1.ledger", "app"))
+    ours = Exposition(binding)
     stop = threading.Event()
 
     def count(seed: int) -> None:
@@ -689,26 +692,26 @@ def test_histogram_is_consistent_while_threads_count(registry: CollectorRegistry
         stop.set()
         for thread in threads:
             thread.join()
-    assert_equal(ours, book)
-    book.close()
+    assert_equal(ours, binding)
+    binding.close()
 
 
 def test_big_registry_is_rendered_in_many_slices(registry: CollectorRegistry) -> None:
     fill(registry, 2000)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     assert complete(ours.render(OPENMETRICS, "gzip", []))[1] >= 20
 
 
 def test_slow_collector_of_many_samples_is_encoded_in_slices(registry: CollectorRegistry) -> None:
     registry.register(Stamped("stamped", [1.0] * 100))
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     assert complete(ours.render(OPENMETRICS, "gzip", []))[1] >= 20
 
 
 def test_renders_may_overlap_and_be_given_up(registry: CollectorRegistry) -> None:
     children = fill(registry, 1000)
-    book = Book(registry)
-    ours = Exposition(book)
+    binding = Binding(registry)
+    ours = Exposition(binding)
     ask(ours)
     for rounds in range(1, 8):
         for child in children[::rounds]:
@@ -720,12 +723,12 @@ def test_renders_may_overlap_and_be_given_up(registry: CollectorRegistry) -> Non
         second.close()
         (_, body), _ = complete(first)
         assert gzip.decompress(body) == ask(ours)[1]
-        assert_equal(ours, book)
+        assert_equal(ours, binding)
 
 
 def test_compressed_body_is_one_gzip_member(registry: CollectorRegistry) -> None:
     fill(registry, 300)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     for _ in range(2):
         (_, body), _ = complete(ours.render(OPENMETRICS, "gzip", []))
         decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -741,18 +744,18 @@ def test_compressed_body_is_one_gzip_member(registry: CollectorRegistry) -> None
 def kept_bytes(ours: Exposition) -> int:
     return sum(
         block.size + len(block.plain) + len(block.packed or b"")
-        for form in ours._forms.values()
-        for family in form.families.values()
-        for section in family.sections or []
+        for form in ours.forms.values()
+        for kept in form.metrics.values()
+        for section in kept.sections or []
         for blocks in section.blocks
         for block in blocks
-    ) + sum(len(plain) + len(packed) for form in ours._forms.values() for plain, packed in form.packed.items())
+    ) + sum(len(plain) + len(packed) for form in ours.forms.values() for plain, packed in form.packed.items())
 
 
 def test_cache_is_bounded_while_label_sets_churn(registry: CollectorRegistry) -> None:
     users = Counter("logins", "", ["user"], registry=registry)
     Gauge("steady", "", registry=registry)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     sizes = []
     for generation in range(30):
         for i in range(200):
@@ -771,23 +774,23 @@ def test_cache_is_bounded_while_label_sets_churn(registry: CollectorRegistry) ->
 
 def test_at_most_two_formats_are_kept_and_none_that_is_not_asked_for(registry: CollectorRegistry) -> None:
     fill(registry, 5)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     for accept in FORMATS:
         ask(ours, accept)
-        assert len(ours._forms) <= 2
+        assert len(ours.forms) <= 2
     for _ in range(exposition.MAX_IDLE_SCRAPES):
         ask(ours)
-    assert len(ours._forms) == 1
+    assert len(ours.forms) == 1
 
 
 def test_unregistered_metric_leaves_the_cache(registry: CollectorRegistry) -> None:
     counter = Counter("requests", "", registry=registry)
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     ask(ours)
     assert kept_bytes(ours) > 0
     registry.unregister(counter)
     assert ask(ours)[1] == b"# EOF\n"
-    assert kept_bytes(ours) == len(b"# EOF\n") + len(next(iter(next(iter(ours._forms.values())).packed.values())))
+    assert kept_bytes(ours) == len(b"# EOF\n") + len(next(iter(next(iter(ours.forms.values())).packed.values())))
 
 
 @pytest.mark.parametrize("encoding", ["", "gzip"])
@@ -800,7 +803,7 @@ def test_the_series_of_the_last_exposition_are_known(accept: str, encoding: str,
     Gauge("level", "Help.", registry=registry)
     Info("version", "Help.", registry=registry).info({"major": "1"})
     GCCollector(registry)
-    ours = Exposition(Book(registry), created=created)
+    ours = Exposition(Binding(registry), created=created)
     assert ours.series is None
 
     for kind in range(300):

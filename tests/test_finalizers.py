@@ -13,15 +13,15 @@ PROCESS = """
 import collections, faulthandler, gc, signal, sys, threading, time
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from django_promports.exposition import Exposition
+from django_promports.scrape.exposition import Exposition
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 faulthandler.dump_traceback_later(90, exit=True)
 path, what, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 registry = CollectorRegistry(auto_describe=True)
-book = Book(registry)
-book.open(Ledger(path, "site"))
+binding = Binding(registry)
+binding.open(Ledger(path, "site"))
 F = Counter("f", "F.", ["x"], registry=registry)
 G = Counter("g", "G.", ["x"], registry=registry)
 H = Histogram("h", "H.", ["x"], registry=registry, buckets=[1])
@@ -68,11 +68,11 @@ def count(name):
         tally.append(label)
 
 def scrape():
-    ours = Exposition(book)
+    ours = Exposition(binding)
     while time.monotonic() < end:
         for step in ours.render("application/openmetrics-text;version=1.0.0", "gzip", ()):
             Cycle()
-        generate_latest(book)
+        generate_latest(binding)
 
 end = time.monotonic() + seconds
 threads = [threading.Thread(target=scrape)]
@@ -98,16 +98,16 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 for thread in threads:
     thread.join()
 gc.disable()
-book.close()
-assert not book._acts
+binding.close()
+assert len(binding.acts) == 0
 
 registry = CollectorRegistry()
-book = Book(registry)
-book.open(Ledger(path, "site"))
+binding = Binding(registry)
+binding.open(Ledger(path, "site"))
 found = {
-    (sample.name, sample.labels.get("x")): sample.value for metric in book.collect() for sample in metric.samples
+    (sample.name, sample.labels.get("x")): sample.value for metric in binding.collect() for sample in metric.samples
 }
-book.close()
+binding.close()
 expected = collections.Counter(tally)
 for name in ("f_total", "g_total", "h_count"):
     got = {x: value for (one, x), value in found.items() if one == name}

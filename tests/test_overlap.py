@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
-from django_promports import exposition
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.scrape import pace, packing
+from django_promports.scrape.exposition import Exposition
 from tests.walk import check_form, read
 
 ACCEPTS = ["", "application/openmetrics-text;version=1.0.0"]
@@ -24,17 +24,17 @@ Make = Callable[[CollectorRegistry, str], Any]
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exposition, "SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(exposition, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(packing, "BLOCK_BYTES", 200)
 
 
 class Process:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.registry = CollectorRegistry(auto_describe=True)
-        self.book = Book(self.registry)
-        self.book.open(Ledger(path, "site"))
-        self.ours = Exposition(self.book)
+        self.binding = Binding(self.registry)
+        self.binding.open(Ledger(path, "site"))
+        self.ours = Exposition(self.binding)
 
     def interrupt(self, accept: str, names: tuple[str, ...], steps: int, act: Callable[[], object]) -> tuple[str, bool]:
         """Scrape, and act after this many steps; return the text, and whether the scrape had that many."""
@@ -96,7 +96,7 @@ def every_step(path: Path, begin: Callable[[Path], Process]) -> Iterator[tuple[i
         try:
             yield steps, process
         finally:
-            process.book.close()
+            process.binding.close()
             own.unlink()
 
 
@@ -119,7 +119,7 @@ def test_what_is_made_in_another_shape_in_the_middle_is_shown_as_it_was_or_as_it
     before = Process(tmp_path / "former.ledger")
     fill(before)
     whole, _ = before.interrupt(accept, names, -1, list)
-    before.book.close()
+    before.binding.close()
 
     for steps, process in every_step(tmp_path / "former.ledger", Process):
 
@@ -139,7 +139,7 @@ def test_what_is_made_in_another_shape_in_the_middle_is_shown_as_it_was_or_as_it
 def test_a_metric_that_is_unregistered_and_made_again_in_the_middle_is_shown_once(
     make: Make, accept: str, tmp_path: Path
 ) -> None:
-    Process(tmp_path / "former.ledger").book.close()
+    Process(tmp_path / "former.ledger").binding.close()
     for steps, process in every_step(tmp_path / "former.ledger", Process):
         metrics = fill(process)
         whole, _ = process.interrupt(accept, (), -1, list)
@@ -163,16 +163,16 @@ def test_a_ledger_that_is_closed_in_the_middle_leaves_a_valid_scrape(
 ) -> None:
     before = Process(tmp_path / "former.ledger")
     fill(before)
-    before.book.close()
+    before.binding.close()
 
     for steps, process in every_step(tmp_path / "former.ledger", Process):
         for name in NAMES[:2]:
             make_histogram(process.registry, name).labels("GET").observe(1)
 
         def stop(process: Process = process) -> None:
-            process.book.close()
+            process.binding.close()
             if reopen:
-                process.book.open(Ledger(process.path, "site"))
+                process.binding.open(Ledger(process.path, "site"))
 
         text, is_over = process.interrupt(accept, (), steps, stop)
         assert 'metric0_count{k="GET"}' in text
@@ -193,15 +193,15 @@ def test_a_scrape_is_noted_in_the_ledger_that_it_showed(tmp_path: Path) -> None:
     other = Noting(tmp_path / "2.ledger", "site")
 
     def change() -> None:
-        process.book.close()
-        process.book.open(other)
+        process.binding.close()
+        process.binding.open(other)
 
     fill(process)
     process.interrupt("", (), 1, change)
     assert other.notes == 0
     process.interrupt("", (), -1, list)
     assert other.notes == 1
-    process.book.close()
+    process.binding.close()
 
 
 @pytest.mark.parametrize("accept", ACCEPTS)
@@ -211,7 +211,7 @@ def test_a_counter_does_not_fall_while_its_adoption_is_pending(
 ) -> None:
     before = Process(tmp_path / "1.ledger")
     make_counter(before.registry, "jobs").labels("GET").inc(1000)
-    before.book.close()
+    before.binding.close()
     process = Process(tmp_path / "1.ledger")
     counter = make_counter(process.registry, "jobs")
     held, over = threading.Event(), threading.Event()
@@ -220,21 +220,21 @@ def test_a_counter_does_not_fall_while_its_adoption_is_pending(
         held.set()
         assert over.wait(60)
 
-    thread = threading.Thread(target=process.book._act, args=[hold])  # no public act takes as long as this has to
+    thread = threading.Thread(target=process.binding.acts.do, args=[hold])  # no public act takes as long as this has to
     thread.start()
     assert held.wait(60)
     counter.labels("GET").inc(5)  # continues after a moment, counted in memory
 
     text, _ = process.interrupt(accept, names, -1, list)
     assert read(text)['jobs_total{k="GET"}'] == "1000.0"
-    assert {s.value for m in process.book.collect() for s in m.samples if s.name == "jobs_total"} == {1000.0}
+    assert {s.value for m in process.binding.collect() for s in m.samples if s.name == "jobs_total"} == {1000.0}
     assert process.ours.render(accept, "", names)
 
     over.set()
     thread.join(60)
     text, _ = process.interrupt(accept, names, -1, list)
     assert read(text)['jobs_total{k="GET"}'] == "1005.0"
-    process.book.close()
+    process.binding.close()
 
 
 def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path)
 
     path = tmp_path / "1.ledger"
     registry = CollectorRegistry()
-    book = Book(registry)
-    book.open(Interrupted(path, "site"))
+    binding = Binding(registry)
+    binding.open(Interrupted(path, "site"))
     counter = make_counter(registry, "jobs")
 
     def work() -> None:
@@ -268,8 +268,8 @@ def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path)
     Counter("other", "Other.", registry=registry).inc()
 
     assert done.wait(60)
-    book.close()
+    binding.close()
     successor = Process(path)
     text, _ = successor.interrupt("", (), -1, list)
     assert {'jobs_total{k="GET"}': "1.0", "other_total": "1.0"}.items() <= read(text).items()
-    successor.book.close()
+    successor.binding.close()

@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from django_promports import ledger as ledger_module
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import STATE, Ledger
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 from tests.commands import run_python
 from tests.walk import check_form, read
 
@@ -35,9 +35,9 @@ BAD = "\ud83d"
 class Process:
     def __init__(self, path: Path) -> None:
         self.registry = CollectorRegistry(auto_describe=True, support_collectors_without_names=True)
-        self.book = Book(self.registry)
-        self.book.open(Ledger(path, "site"))
-        self.ours = Exposition(self.book)
+        self.binding = Binding(self.registry)
+        self.binding.open(Ledger(path, "site"))
+        self.ours = Exposition(self.binding)
 
     def scrape(self, accept: str = "", encoding: str = "", names: tuple[str, ...] = ()) -> dict[str, str]:
         return read(render(self.ours, accept, encoding, names)[1])
@@ -90,11 +90,11 @@ def test_what_is_not_finite_is_zero_in_the_next_process_and_said_once(
     assert [here[key] for key in ("h_sum", "s_sum", 'c_total{x="x"}', 'c_total{x="z"}', "d_total")] == [
         "NaN", "NaN", "+Inf", "-Inf", "NaN",
     ]  # fmt: skip
-    assert process.book.ledger is not None
+    assert process.binding.ledger is not None
     if seal:
-        process.book.close()
+        process.binding.close()
     else:
-        process.book.ledger.close(seal=False)
+        process.binding.ledger.close(seal=False)
 
     process = Process(path)
     found = process.scrape()
@@ -103,8 +103,8 @@ def test_what_is_not_finite_is_zero_in_the_next_process_and_said_once(
     (warning,) = logged()
     assert "5 numbers were not finite" in warning
     assert "h[]" in warning
-    process.book.close()
-    Process(path).book.close()
+    process.binding.close()
+    Process(path).binding.close()
     assert len(logged()) == 1
 
 
@@ -115,7 +115,7 @@ def test_senseless_times_of_a_series_break_nothing(senseless: float, cell: int, 
     process = Process(path)
     Counter("c", "C.", ["x"], registry=process.registry).labels("x").inc(3)
     process.scrape()  # so that idle series might be dropped
-    ledger = process.book.ledger
+    ledger = process.binding.ledger
     assert ledger is not None
     ledger.cells[ledger.families["c"].series["x",] + cell] = senseless
     ledger.close(seal=False)
@@ -126,7 +126,7 @@ def test_senseless_times_of_a_series_break_nothing(senseless: float, cell: int, 
         if cell < 2:  # the third holds the time since which it is idle
             assert found['c_total{x="x"}'] == "3.0"
         assert math.isfinite(float(found.get('c_created{x="x"}', "0")))
-        process.book.close()
+        process.binding.close()
 
 
 def test_what_a_master_counts_that_is_not_finite_is_zero_in_its_child(tmp_path: Path) -> None:
@@ -135,20 +135,20 @@ import math, os, sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Summary
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 registry = CollectorRegistry()
 counter = Counter("c", "C.", ["x"], registry=registry)
 summary = Summary("s", "S.", registry=registry)
-book = Book(registry)
+binding = Binding(registry)
 counter.labels("a").inc(math.nan)
 counter.labels("b").inc(2)
 summary.observe(math.inf)
-book.pack()
-book.begin_in_child(keep=True)
-book.open(Ledger(Path(sys.argv[1]), "site"))
-print(*(s.value for m in book.collect() for s in m.samples if "_created" not in s.name))
-book.close()
+binding.carry_counts()
+binding.begin_in_child(keep=True)
+binding.open(Ledger(Path(sys.argv[1]), "site"))
+print(*(s.value for m in binding.collect() for s in m.samples if "_created" not in s.name))
+binding.close()
 """
     done = run_python(script, str(tmp_path / "1.ledger"))
 
@@ -178,9 +178,9 @@ def test_a_histogram_that_is_set_to_zero_is_zero(path: Path) -> None:
     for _ in range(2):
         assert process.scrape() == expected
         assert float(process.scrape(ACCEPTS[1])["m_created"]) == created
-        process.book.close()
+        process.binding.close()
         process = Process(path)
-    process.book.close()
+    process.binding.close()
 
 
 @accepts
@@ -195,8 +195,8 @@ def test_a_reset_shows_its_created_time_though_a_neighbour_is_removed_after_it(a
 
     expected = counter.labels("a")._created
     assert float(process.scrape(accept)['c_created{x="a"}']) == expected
-    assert process.book.ledger is not None
-    process.book.ledger.close(seal=False)  # killed: also that is in the ledger
+    assert process.binding.ledger is not None
+    process.binding.ledger.close(seal=False)  # killed: also that is in the ledger
     assert float(Process(path).scrape(accept)['c_created{x="a"}']) == expected
 
 
@@ -247,14 +247,14 @@ def test_a_lone_surrogate_costs_its_own_series_only(
     assert process.scrape(accept, encoding, names) == GOOD
     assert len(logged()) == 1 + 5  # the ledger's, and one for each metric
     assert not [line for line in logged() if "Scrapes are right" in line]
-    process.book.close()
+    process.binding.close()
 
     process = Process(path)  # not made durable; and before the first request
     expected = {key: value for key, value in GOOD.items() if not key.startswith("g{")}
     assert without_created(process.scrape(accept, encoding)) == expected
     assert process.scrape(accept, encoding, names) == expected
     assert process.ours.failures == 0
-    process.book.close()
+    process.binding.close()
 
 
 @accepts
@@ -271,7 +271,7 @@ def test_a_lone_surrogate_in_target_info_or_in_an_exemplar_costs_that(accept: st
         assert not [key for key in found if key.startswith("target")]
     process.registry.set_target_info({"host": "good"})
     assert process.scrape(accept)['target_info{host="good"}'] == ("1.0")
-    process.book.close()
+    process.binding.close()
 
 
 @accepts
@@ -291,12 +291,12 @@ def test_a_lone_surrogate_that_an_older_version_kept_is_gone_with_the_next_proce
         counter = Counter("c", "C.", ["x"], registry=process.registry)
         counter.labels(BAD).inc()
         counter.labels("good").inc()
-        assert len(process.book.ledger.families["c"].series) == 2  # type: ignore[union-attr]
-        process.book.close()
+        assert len(process.binding.ledger.families["c"].series) == 2  # type: ignore[union-attr]
+        process.binding.close()
     for _ in range(2):
         process = Process(path)
         assert without_created(process.scrape(accept)) == {'c_total{x="good"}': "1.0"}
-        process.book.close()
+        process.binding.close()
 
 
 class Contrary(str):
@@ -333,7 +333,7 @@ def test_text_that_misbehaves_costs_its_own_series_or_metric_only(accept: str, p
     assert found['g{x="good"}'] == "2.0"
     assert found["number"] == "1.0"
     assert found["nothing_total"] == "1.0"
-    process.book.close()
+    process.binding.close()
 
 
 # --- collectors
@@ -398,7 +398,7 @@ def test_whatever_a_collector_raises_costs_its_own_metrics_only(
     gauge.set(1)
     del gauge._child_samples
     assert process.scrape(accept)["broken"] == "1.0"
-    process.book.close()
+    process.binding.close()
 
 
 def test_giving_a_scrape_up_is_no_failure_of_a_collector(path: Path) -> None:
@@ -411,7 +411,7 @@ def test_giving_a_scrape_up_is_no_failure_of_a_collector(path: Path) -> None:
             next(scrape, None)
         scrape.close()
     assert process.ours.failures == 0
-    process.book.close()
+    process.binding.close()
 
 
 @pytest.mark.parametrize("value", ["text", None, [], object()])
@@ -435,7 +435,7 @@ def test_a_value_that_is_no_number_costs_its_own_metric_only(value: Any, accept:
     assert found["nan"] == "NaN"
     assert found['custom{x="good"}'] == found['custom_other{x="good"}'] == "1.0"
     assert "broken" not in found
-    process.book.close()
+    process.binding.close()
 
 
 # --- what is asked for
@@ -463,7 +463,7 @@ def test_a_value_that_is_no_number_costs_its_own_metric_only(value: Any, accept:
 def test_no_version_is_promised_that_is_not_written(accept: str, content_type: str) -> None:
     registry = CollectorRegistry()
     Counter("c", "C.", registry=registry).inc()
-    found, text = render(Exposition(Book(registry)), accept)
+    found, text = render(Exposition(Binding(registry)), accept)
 
     assert found.startswith(content_type)
     assert text.endswith("# EOF\n") == ("openmetrics" in content_type)
@@ -473,7 +473,7 @@ def test_any_accept_header_gets_what_it_is_told(path: Path) -> None:
     chance = random.Random(9)
     registry = CollectorRegistry()
     Counter("requests.served", "C.", ["méthode"], registry=registry).labels('"é\\\n').inc()
-    ours = Exposition(Book(registry))
+    ours = Exposition(Binding(registry))
     kinds = ["application/openmetrics-text", "text/plain", "*/*", "text/html", "", "text/plain;charset=x"]
     versions = [
         "0.0.4",

@@ -18,8 +18,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.values import MutexValue
 
 from django_promports import ledger as ledger_module
+from django_promports.binding import Binding
 from django_promports.ledger import STATE, Ledger
-from django_promports.values import Book
 from tests.commands import run_python
 from tests.servers import parse, wait_until
 
@@ -33,13 +33,13 @@ class Process:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.registry = CollectorRegistry(auto_describe=True)
-        self.book = Book(self.registry)
+        self.binding = Binding(self.registry)
 
     def open(self) -> None:
-        self.book.open(Ledger(self.path, "site"))
+        self.binding.open(Ledger(self.path, "site"))
 
     def samples(self) -> Samples:
-        return samples(self.book)
+        return samples(self.binding)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def processes(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[
         try:
             yield process
         finally:
-            process.book.close()
+            process.binding.close()
 
     return begin
 
@@ -188,13 +188,13 @@ def test_series_of_the_predecessor_are_served_before_the_metric_is_made(processe
     with processes() as process:
         for metric in make_all(process.registry):
             work(metric, "x", "y")
-        classic, openmetrics = exposition(process.book), generate_openmetrics(process.book)  # type: ignore[no-untyped-call]
+        classic, openmetrics = exposition(process.binding), generate_openmetrics(process.binding)  # type: ignore[no-untyped-call]
 
     with processes() as process:
-        assert sorted(exposition(process.book).splitlines()) == sorted(classic.splitlines())
-        assert sorted(generate_openmetrics(process.book).splitlines()) == sorted(openmetrics.splitlines())  # type: ignore[no-untyped-call]
+        assert sorted(exposition(process.binding).splitlines()) == sorted(classic.splitlines())
+        assert sorted(generate_openmetrics(process.binding).splitlines()) == sorted(openmetrics.splitlines())  # type: ignore[no-untyped-call]
         make_all(process.registry)
-        assert sorted(exposition(process.book).splitlines()) == sorted(classic.splitlines())
+        assert sorted(exposition(process.binding).splitlines()) == sorted(classic.splitlines())
 
 
 def test_a_metric_with_some_of_its_children_made_has_the_others_too(processes: Begin) -> None:
@@ -207,7 +207,7 @@ def test_a_metric_with_some_of_its_children_made_has_the_others_too(processes: B
         for metric in make_all(process.registry)[:3]:
             metric.labels("y", 'a"b\\\n')
         after = process.samples()
-        families = [metric.name for metric in process.book.collect()]
+        families = [metric.name for metric in process.binding.collect()]
 
     assert after == before
     assert len(families) == len(set(families)) == 4
@@ -231,7 +231,7 @@ def test_a_restricted_registry_has_the_series_of_the_predecessor_too(
                 for kind in {"one child": "y", "all": "xy"}.get(made, ""):
                     metric.labels(kind, 'a"b\\\n')
 
-        assert samples(process.book.restricted_registry(names)) == expected
+        assert samples(process.binding.restricted_registry(names)) == expected
 
 
 def test_all_else_is_as_without_a_ledger(processes: Begin) -> None:
@@ -263,9 +263,9 @@ def test_all_else_is_as_without_a_ledger(processes: Begin) -> None:
 
     with processes() as process:
         use(process.registry)
-        assert normalise(generate_openmetrics(process.book)) == expected  # type: ignore[no-untyped-call]
+        assert normalise(generate_openmetrics(process.binding)) == expected  # type: ignore[no-untyped-call]
     with processes(before=use) as process:
-        counts = normalise(generate_openmetrics(process.book))  # type: ignore[no-untyped-call]
+        counts = normalise(generate_openmetrics(process.binding))  # type: ignore[no-untyped-call]
     assert b'jobs_total{x="a"} 4.0 # {trace_id="1"} 2.0' in counts
     with processes() as process:
         names = {name.partition("{")[0] for name in process.samples()}
@@ -460,7 +460,7 @@ def test_a_metric_of_another_shape_begins_at_zero(
 
     with begin_with(make, early, processes) as (process, metric):
         assert errors(caplog) == ["job_seconds has other labels or buckets than before; its counts begin at zero."]
-        assert set(samples(process.book, created=False).values()) <= {0.0}
+        assert set(samples(process.binding, created=False).values()) <= {0.0}
         work(metric, "x")
         here = process.samples()
 
@@ -564,7 +564,7 @@ def test_children_made_in_eight_threads_are_counted_once_and_always_served(proce
             while len(finished) < 7:
                 names = [
                     (sample.name, *sample.labels.values())
-                    for metric in process.book.collect()
+                    for metric in process.binding.collect()
                     for sample in metric.samples
                 ]
                 assert len(names) == 2 * len(kinds)
@@ -572,9 +572,9 @@ def test_children_made_in_eight_threads_are_counted_once_and_always_served(proce
 
         run_threads([*(lambda number=number: make(number) for number in range(7)), scrape])
 
-        assert set(samples(process.book, created=False).values()) == {1007.0}
+        assert set(samples(process.binding, created=False).values()) == {1007.0}
     with processes() as process:
-        assert set(samples(process.book, created=False).values()) == {1007.0}
+        assert set(samples(process.binding, created=False).values()) == {1007.0}
 
 
 def test_a_series_is_never_served_twice_while_its_metric_is_made(processes: Begin) -> None:
@@ -590,7 +590,7 @@ def test_a_series_is_never_served_twice_while_its_metric_is_made(processes: Begi
 
         process.registry.collect = collect_slowly  # type: ignore[method-assign]
 
-        found = [(sample.name, sample.value) for metric in process.book.collect() for sample in metric.samples]
+        found = [(sample.name, sample.value) for metric in process.binding.collect() for sample in metric.samples]
     assert [name for name, _ in sorted(found)] == ["jobs_created", "jobs_total"]
     assert dict(found)["jobs_total"] == 6
 
@@ -618,7 +618,7 @@ def test_increments_while_the_ledger_opens_and_closes_are_counted_exactly_once(t
             for _ in range(25):
                 process.open()
                 time.sleep(0.002)
-                process.book.close()
+                process.binding.close()
                 time.sleep(0.002)
         finally:
             opening.set()
@@ -626,8 +626,8 @@ def test_increments_while_the_ledger_opens_and_closes_are_counted_exactly_once(t
     run_threads([*(lambda number=number: increment(number) for number in range(8)), open_and_close])
 
     process.open()
-    found = samples(process.book, created=False)
-    process.book.close()
+    found = samples(process.binding, created=False)
+    process.binding.close()
     total = sum(counted)
     assert total > 100
     assert found["jobs_total"] == found["size_bytes_count"] == found["seconds_count"] == total
@@ -666,7 +666,7 @@ def test_an_increment_that_had_begun_when_its_value_was_replaced_counts(processe
     value.inc(1)
 
     assert process.samples()["jobs_total"] == 5 + 4 * 2 + 1
-    process.book.close()
+    process.binding.close()
     with processes() as process:
         assert process.samples()["jobs_total"] == 14
 
@@ -685,13 +685,13 @@ def test_values_of_another_class_stay_in_memory(
         for make in (make_summary, make_histogram):
             work(make(process.registry))
         known.labels("x", "z").inc()
-        here = samples(process.book, created=False)
+        here = samples(process.binding, created=False)
 
     assert len(errors(caplog)) == 1
     assert here["size_bytes_count"] == here["job_seconds_count"] == 4
     assert here['jobs_total{kind="x",state="z"}'] == 1
     with processes() as process:
-        assert samples(process.book, created=False) == {'jobs_total{kind="x",state="y"}': 1.0}
+        assert samples(process.binding, created=False) == {'jobs_total{kind="x",state="y"}': 1.0}
 
 
 @pytest.fixture
@@ -711,14 +711,14 @@ def test_a_full_ledger_is_one_error_and_counting_goes_on(
                 metric.labels(str(number), "x" * 50).observe(1)
         late = make_counter(process.registry)
         late.inc(2)
-        here = samples(process.book, created=False)
+        here = samples(process.binding, created=False)
         assert {value for name, value in here.items() if "_count" in name} == {3.0}
         assert here["jobs_total"] == 2
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "counted in memory" in errors(caplog)[0]
 
     with processes() as process:
-        kept = samples(process.book, created=False)
+        kept = samples(process.binding, created=False)
     assert 10 * 18 < len(kept) < len(here)
     assert kept.items() <= here.items()
 
@@ -744,19 +744,19 @@ def test_a_full_ledger_refuses_the_site_nothing(
         process.registry.unregister(histogram)
         Gauge("jobs", "A gauge now.", registry=process.registry).set(3)
         Counter("size_bytes", "A counter now.", registry=process.registry).inc(4)
-        here = samples(process.book, created=False)
+        here = samples(process.binding, created=False)
 
     assert len(errors(caplog)) >= 1
     assert {"jobs": 3.0, "size_bytes_total": 4.0}.items() <= here.items()
     assert not [name for name in here if name.startswith("labelled")]
 
 
-def test_a_book_without_a_ledger_serves_the_registry(tmp_path: Path) -> None:
+def test_a_binding_without_a_ledger_serves_the_registry(tmp_path: Path) -> None:
     process = Process(tmp_path / "19100.ledger")
     for metric in make_all(process.registry):
         work(metric, "x")
 
-    assert exposition(process.book) == exposition(process.registry)
+    assert exposition(process.binding) == exposition(process.registry)
 
 
 def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
@@ -770,21 +770,21 @@ def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
     process.open()
     child.inc(1)
     assert process.samples()['jobs_total{kind="x",state="y"}'] == 8
-    process.book.close()
+    process.binding.close()
 
 
 def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> None:
     def scraped(process: Process) -> float:
-        assert process.book.ledger is not None
-        return float(ledger_module.NUMBER.unpack_from(process.book.ledger._map_, ledger_module.SCRAPED_AT)[0])
+        assert process.binding.ledger is not None
+        return float(ledger_module.NUMBER.unpack_from(process.binding.ledger._map_, ledger_module.SCRAPED_AT)[0])
 
     with processes() as process:
         work(make_counter(process.registry))
-        next(iter(process.book.collect()))
-        list(process.book.restricted_registry(["jobs_total"]).collect())
+        next(iter(process.binding.collect()))
+        list(process.binding.restricted_registry(["jobs_total"]).collect())
         assert scraped(process) == 0
 
-        list(process.book.collect())
+        list(process.binding.collect())
 
         assert scraped(process) == pytest.approx(time.time(), abs=10)
 
@@ -795,14 +795,14 @@ import faulthandler, os, sys, threading, time
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from django_promports.ledger import Ledger, LedgerLocked
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 path = Path(sys.argv[1])
 registry = CollectorRegistry()
 counter = Counter("events", "Events.", ["thread"], registry=registry)
 histogram = Histogram("seconds", "Seconds.", registry=registry)
-book = Book(registry)
-book.open(Ledger(path, "site"))
+binding = Binding(registry)
+binding.open(Ledger(path, "site"))
 counted, stopping, going = [0] * 4, False, threading.Event()
 
 def work(number):
@@ -829,8 +829,9 @@ for fork in range(200):
     if pid == 0:
         faulthandler.dump_traceback_later(20, exit=True)
         try:
-            book.begin_in_child(keep=False)
-            before = {line for line in generate_latest(book).decode().splitlines() if line.startswith("events_total")}
+            binding.begin_in_child(keep=False)
+            lines = generate_latest(binding).decode().splitlines()
+            before = {line for line in lines if line.startswith("events_total")}
             assert all(line.endswith(" 0.0") for line in before), "numbers of the parent"
             for number in range(4):
                 counter.labels(str(number)).inc(1e6)
@@ -839,7 +840,7 @@ for fork in range(200):
             Counter(f"other_{fork}", "Other.", registry=registry).inc(1e6)
             counter.remove("0")
             counter.clear()
-            generate_latest(book)
+            generate_latest(binding)
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -852,15 +853,15 @@ stopping = True
 going.set()
 for thread in threads:
     thread.join()
-book.close()
+binding.close()
 successor = CollectorRegistry()
-book = Book(successor)
-book.open(Ledger(path, "site"))
+binding = Binding(successor)
+binding.open(Ledger(path, "site"))
 found = {
     (sample.name, sample.labels.get("thread")): sample.value
-    for metric in book.collect() for sample in metric.samples if not sample.labels.get("le")
+    for metric in binding.collect() for sample in metric.samples if not sample.labels.get("le")
 }
-book.close()
+binding.close()
 for number in range(4):
     assert found["events_total", str(number)] == counted[number]
 assert sum(value for (name, _), value in found.items() if name == "events_total") == 2 * sum(counted)
@@ -882,14 +883,14 @@ import os, sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.binding import Binding
 
 folder, forks = Path(sys.argv[1]), 5
 registry = CollectorRegistry()
 counter = Counter("events", "Events.", ["who"], registry=registry)
 plain = Counter("plain", "Plain.", registry=registry)
 seconds = Histogram("seconds", "Seconds.", registry=registry)
-book = Book(registry)
+binding = Binding(registry)
 
 def count(times):
     for number in range(times):
@@ -898,39 +899,39 @@ def count(times):
         seconds.observe(1)
 
 count(3)
-book.open(Ledger(folder / "0.ledger", "site"))
+binding.open(Ledger(folder / "0.ledger", "site"))
 count(10)
 for fork in range(forks):
     count(100)
-    book.close()    # the first time: it lets its port go before it forks; later it has none
+    binding.close()    # the first time: it lets its port go before it forks; later it has none
     count(200)
-    book.pack()
+    binding.carry_counts()
     count(300)
     pid = os.fork()
     if pid == 0:
         try:
-            book.begin_in_child(keep=True)
+            binding.begin_in_child(keep=True)
             count(300)
-            book.open(Ledger(folder / f"{fork}.ledger", "site"))
+            binding.open(Ledger(folder / f"{fork}.ledger", "site"))
             count(400)
             if fork % 2:
-                book.close()
+                binding.close()
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(0)
-    book.part_with_parcel()
+    binding.drop_carried_counts()
     os.waitpid(pid, 0)
 count(7)
-book.open(Ledger(folder / "0.ledger", "site"))
-book.close()
+binding.open(Ledger(folder / "0.ledger", "site"))
+binding.close()
 found = {}
 for path in folder.glob("*.ledger"):
-    book = Book(CollectorRegistry())
-    book.open(Ledger(path, "site"))
-    for metric in book.collect():
+    binding = Binding(CollectorRegistry())
+    binding.open(Ledger(path, "site"))
+    for metric in binding.collect():
         for sample in metric.samples:
             found[sample.name] = found.get(sample.name, 0) + sample.value
-    book.close()
+    binding.close()
 expected = 3 + 10 + 7 + forks * (100 + 200 + 300 + 300 + 400)
 for name in ("events_total", "plain_total", "seconds_count", "seconds_sum"):
     print(name, found[name] - expected)
@@ -949,7 +950,7 @@ def test_what_a_master_counts_is_counted_once_over_its_children(tmp_path: Path) 
 def test_cells_hold_what_the_metric_says(processes: Begin) -> None:
     with processes() as process:
         counter = make_counter(process.registry)
-        ledger = process.book.ledger
+        ledger = process.binding.ledger
         assert ledger is not None
         first = ledger.families["jobs"].series[()]
         for number in range(1, 4):

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from django_promports import exposition, values
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import Family
-from django_promports.values import Book, CellValue
+from django_promports.scrape.exposition import Exposition
+from django_promports.scrape.templates import Section
+from django_promports.unmade import Unmade
+from django_promports.values import CellValue
 from tests.walk import Fault, walk
 
 
@@ -28,7 +30,7 @@ def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
     expose = Exposition._expose_unmade
 
     def expose_by_name(self: Exposition, scrape: Any, family: Family) -> Iterator[None]:
-        ledger = self._book.ledger
+        ledger = self._binding.ledger
         now = ledger.families.get(family.name, family) if ledger else family
         yield from expose(self, scrape, dataclasses.replace(now, series=family.series))
 
@@ -37,12 +39,12 @@ def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
 
 def trust_the_created_times_of_a_block(patch: pytest.MonkeyPatch) -> None:
     """A rebuilt block has new created times, but its templates have the old ones."""
-    put = exposition._Section._put
+    put = Section._put
 
     def put_and_guess(section: Any, blocks: list[Any], child: Any, template: bytes, created: Any) -> None:
         put(section, blocks, child, template, getattr(child, "_created", created) if created else created)
 
-    patch.setattr(exposition._Section, "_put", put_and_guess)
+    patch.setattr(Section, "_put", put_and_guess)
 
 
 def take_set_for_a_reset(patch: pytest.MonkeyPatch) -> None:
@@ -62,7 +64,7 @@ def expose_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
 
     def expose_both(self: Exposition, scrape: Any, collector: Any) -> Iterator[None]:
         yield from expose(self, scrape, collector)
-        now = [one for one in self._book.registry._collector_to_names if one._name == collector._name]  # type: ignore[attr-defined]
+        now = [one for one in self._binding.registry._collector_to_names if one._name == collector._name]  # type: ignore[attr-defined]
         if now and now[0] is not collector:
             yield from expose(self, scrape, now[0])
 
@@ -71,7 +73,7 @@ def expose_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
 
 def keep_what_only_the_ledger_has(patch: pytest.MonkeyPatch) -> None:
     """Removing a series forgets only series that this process has created."""
-    patch.setattr(Book, "forget_unmade", lambda self, metric, concerns: None)
+    patch.setattr(Binding, "forget_unmade", lambda self, metric, concerns: None)
 
 
 def keep_the_created_time_in_memory(patch: pytest.MonkeyPatch) -> None:
@@ -80,16 +82,16 @@ def keep_the_created_time_in_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 def list_a_series_that_was_made_as_unmade_too(patch: pytest.MonkeyPatch) -> None:
-    attach = Book._attach
+    attach = Binding._attach
 
-    def attach_and_keep(self: Book, metric: Any, help_: str, labelvalues: Any, child: Any) -> None:
+    def attach_and_keep(self: Binding, metric: Any, help_: str, labelvalues: Any, child: Any) -> None:
         unmade = self._unmade.get(metric._name)
         kept = dict(unmade.series) if unmade else {}
         attach(self, metric, help_, labelvalues, child)
         if unmade and labelvalues in kept and self._families[metric] is unmade.family:
-            self._unmade[metric._name] = values.Unmade(unmade.family, kept)
+            self._unmade[metric._name] = Unmade(unmade.family, kept)
 
-    patch.setattr(Book, "_attach", attach_and_keep)
+    patch.setattr(Binding, "_attach", attach_and_keep)
     patch.setattr(Exposition, "_list", _list_both)
 
 

@@ -26,10 +26,11 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_classic
 
-from django_promports import exposition
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
-from django_promports.values import Book, CellValue
+from django_promports.scrape import encoding, pace, packing
+from django_promports.scrape.exposition import Exposition
+from django_promports.values import CellValue
 
 STEPS = 200
 NAMES = ("a", "b", "c")
@@ -92,9 +93,9 @@ class Walk:
 
     def start(self) -> None:
         self.registry = CollectorRegistry()
-        self.book = Book(self.registry)
-        self.book.open(Ledger(self.path, "walk"))
-        self.ours = Exposition(self.book)
+        self.binding = Binding(self.registry)
+        self.binding.open(Ledger(self.path, "walk"))
+        self.ours = Exposition(self.binding)
         self.made: dict[str, Made] = {}
         self.dropped: list[Made] = []
 
@@ -131,7 +132,7 @@ class Walk:
                 self.end()
         finally:
             self.abandon()
-            self.book.close()
+            self.binding.close()
 
     # --- what the site does
 
@@ -243,10 +244,10 @@ class Walk:
         is_killed = self.chance.random() < 0.5
         self.log[-1] += " after a kill" * is_killed
         self.abandon()
-        if is_killed and self.book.ledger is not None:
-            self.book.ledger.close(seal=False)
+        if is_killed and self.binding.ledger is not None:
+            self.binding.ledger.close(seal=False)
         else:
-            self.book.close()
+            self.binding.close()
         twins: list[Any] = list(self.twins._collector_to_names)
         for twin in twins:
             if isinstance(twin, Gauge):
@@ -260,11 +261,11 @@ class Walk:
             self.begin()
 
     def stop_and_start(self) -> None:
-        self.book.close()
+        self.binding.close()
         for scrape in self.scrapes:
             check_form(drain(scrape.steps), scrape.accept)  # its numbers cannot be compared: the ledger was closed
         self.scrapes.clear()
-        self.book.open(Ledger(self.path, "walk"))
+        self.binding.open(Ledger(self.path, "walk"))
 
     # --- what scrapers do
 
@@ -379,7 +380,9 @@ def small_blocks() -> Iterator[Clock]:
     """Use blocks of a few children, pieces of a few samples, a pause after each, and a clock that stands still."""
     clock = Clock()
     with (
-        mock.patch.multiple(exposition, BLOCK_BYTES=150, SMALL_BYTES=60, SLICE_SECONDS=0.0, FEW_SAMPLES=3),
+        mock.patch.multiple(packing, BLOCK_BYTES=150, SMALL_BYTES=60),
+        mock.patch.object(pace, "SLICE_SECONDS", 0.0),
+        mock.patch.object(encoding, "FEW_SAMPLES", 3),
         mock.patch.object(prometheus_metrics, "time", clock),  # both of a pair have the same created time
         mock.patch.object(CellValue, "has_exemplars", False),
     ):

@@ -23,8 +23,8 @@ from typing import Any
 import prometheus_client.values
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
 
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
-from django_promports.values import Book
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("in memory", "ledger", "multiprocess mode")
@@ -103,7 +103,7 @@ def make_in_memory() -> dict[str, Callable[[float], None]]:
 
 def make_through_ledger(folder: Path) -> dict[str, Callable[[float], None]]:
     registry = CollectorRegistry()
-    Book(registry).open(Ledger(folder / "increments.ledger", "benchmark"))
+    Binding(registry).open(Ledger(folder / "increments.ledger", "benchmark"))
     return make_increments(registry)
 
 
@@ -155,13 +155,13 @@ def take_over(shape: str, folder: str) -> dict[str, float]:
     """Return the CPU time that this process needs to take over the counts of the last one."""
     registry = CollectorRegistry()
     make_parents(shape, registry)
-    book = Book(registry)
+    binding = Binding(registry)
     began = time.process_time()
-    book.open(open_ledger(shape, folder))
+    binding.open(open_ledger(shape, folder))
     milliseconds = (time.process_time() - began) * 1000
-    samples = sum(len(metric.samples) for metric in book.collect())
+    samples = sum(len(metric.samples) for metric in binding.collect())
     assert samples == (10_000 if shape == SHAPES[0] else 20_000), samples
-    book.close()
+    binding.close()
     return {"milliseconds": milliseconds}
 
 
@@ -172,11 +172,11 @@ def hold(shape: str, folder: str) -> dict[str, float]:
     """
     registry = CollectorRegistry()
     metrics = make_parents(shape, registry)
-    book = Book(registry)
+    binding = Binding(registry)
     if folder:
-        book.open(open_ledger(shape, folder))
+        binding.open(open_ledger(shape, folder))
     make_children(metrics)
-    generate_latest(book)
+    generate_latest(binding)
     gc.collect()
     megabytes = {"Private": 0.0}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
@@ -185,7 +185,7 @@ def hold(shape: str, folder: str) -> dict[str, float]:
             megabytes[name[:-1]] = int(size) / 1024
         elif name.startswith("Private_"):
             megabytes["Private"] += int(size) / 1024
-    book.close()
+    binding.close()
     return megabytes
 
 

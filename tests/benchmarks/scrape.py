@@ -22,9 +22,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
-from django_promports.exposition import Exposition
+from django_promports.binding import Binding
 from django_promports.ledger import Ledger
-from django_promports.values import Book
+from django_promports.scrape.exposition import Exposition
 
 ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
 # django-prometheus' own.
@@ -96,7 +96,7 @@ def measure_cache(samples: int) -> float:
     """Return the bytes per sample that an exposition keeps after several scrapes."""
     registry, children = build(samples)
     chance = random.Random(2)
-    exposition = Exposition(Book(registry))
+    exposition = Exposition(Binding(registry))
     tracemalloc.start()
     try:
         for _ in range(3):
@@ -105,7 +105,7 @@ def measure_cache(samples: int) -> float:
             gc.collect()
             render(exposition)
         kept = tracemalloc.get_traced_memory()[0]
-        exposition._forms.clear()
+        exposition.forms.clear()
         gc.collect()
         return (kept - tracemalloc.get_traced_memory()[0]) / count_samples(registry)
     finally:
@@ -124,14 +124,14 @@ def main(sizes: list[int]) -> None:
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             registry, children = build(size)
-            book = Book(registry)
-            book.open(Ledger(Path(folder) / "benchmark.ledger", "benchmark"))
-            write(measure(size, registry, book, children))
-            book.close()
+            binding = Binding(registry)
+            binding.open(Ledger(Path(folder) / "benchmark.ledger", "benchmark"))
+            write(measure(size, registry, binding, children))
+            binding.close()
         sys.stdout.flush()
 
 
-def measure(size: int, registry: CollectorRegistry, book: Book, children: list[Any]) -> str:
+def measure(size: int, registry: CollectorRegistry, binding: Binding, children: list[Any]) -> str:
     """Return the lines of the table for one registry."""
     chance = random.Random(1)
     for child in children:
@@ -141,7 +141,7 @@ def measure(size: int, registry: CollectorRegistry, book: Book, children: list[A
     app = make_wsgi_app(registry)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_ACCEPT": ACCEPT, "HTTP_ACCEPT_ENCODING": "gzip"}
     gc.collect()  # otherwise the first scrape includes garbage from creating the registry
-    exposition = Exposition(book)
+    exposition = Exposition(binding)
     _, first, first_turn = render(exposition)
     results: dict[str, list[tuple[float, float, float]]] = {change: [] for change in CHANGES}
     for _ in range(max(5, min(25, 250_000 // size))):

@@ -1,0 +1,1 @@
+"""A registry to bytes, scrape after scrape, in small slices."""
