@@ -14,7 +14,7 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from django_promports import ledger, unix
+from django_promports import folders, unix
 from django_promports.conf import WILDCARDS, conf, show
 from django_promports.ports import format_ports
 
@@ -95,7 +95,7 @@ def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[chec
 def _check_file_system() -> list[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
-        file_system = ledger.find_filesystem(folder) if folder else ""
+        file_system = folders.find_filesystem(folder) if folder else ""
     except (ImproperlyConfigured, OSError):
         return []  # check_settings says so
     if not file_system or file_system in IN_MEMORY:
@@ -215,7 +215,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
         if folder is not None:
-            ledger.check_folder(folder)
+            folders.check_folder(folder)
         elif conf.no_ledger_dir:
             yield checks.Warning(
                 f"{conf.no_ledger_dir}. Workers count in memory, and lose counts when they end.",
@@ -226,7 +226,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
         pass  # the first worker makes it
     except ImproperlyConfigured:
         pass  # _check_values() says so
-    except ledger.ForeignFolder as error:
+    except folders.ForeignFolder as error:
         yield checks.Warning(
             f"PROMPORTS_LEDGER_DIR: {error}.",
             hint="That is as it should be where the folder's user runs the workers. Workers of this user would "
