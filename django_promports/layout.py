@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -65,22 +66,43 @@ def hash_site(site: str) -> bytes:
     return hashlib.sha256(site.encode()).digest()
 
 
-def read_version(head: bytes, size: int) -> tuple[int, bytes]:
-    """Return the version and the site of a ledger, by its first bytes and its size. Raises LedgerDamaged."""
-    header = head[: HEADER.size]
-    if len(header) < HEADER.size or head[HEADER.size : HEADER.size + WORD.size] != WORD.pack(zlib.crc32(header)):
-        raise LedgerDamaged("it does not begin like a ledger")
-    magic, version, byte_order, file_size, site = HEADER.unpack(header)
-    if magic != MAGIC:
+def read_header(file: int, size: int) -> tuple[int, bytes]:
+    """Return the version and the site of a ledger that should have this size. Raises LedgerDamaged."""
+    has = os.fstat(file).st_size
+    if has != size:
+        raise LedgerDamaged(f"it has {has} bytes instead of {size}")
+    head = os.pread(file, HEADER.size + WORD.size, 0)
+    magic, version, byte_order, file_size, site = HEADER.unpack_from(head)
+    if magic != MAGIC or head[HEADER.size :] != WORD.pack(zlib.crc32(head[: HEADER.size])):
         raise LedgerDamaged("it does not begin like a ledger")
     if version not in (2, VERSION) or byte_order != BYTE_ORDER or file_size != size:
         raise LedgerDamaged("another version of django_promports wrote it")
     return version, site
 
 
+def seal_content(file: int, layout: Layout, cells_end: int, index_end: int) -> int:
+    """Return the seal of cells and index up to these ends; never OPEN, and never 0, which nobody wrote.
+
+    They are read from the file: what a damaged number points at may not be backed by memory.
+    """
+    cells = zlib.crc32(os.pread(file, 8 * cells_end, CELLS_AT))
+    seal = zlib.crc32(os.pread(file, index_end - layout.index_at, layout.index_at), cells)
+    return seal if seal not in (0, OPEN) else 1
+
+
+def check_seal(file: int, layout: Layout, cells_end: int, index_end: int) -> None:
+    """Raise LedgerDamaged if somebody changed the file after it was closed."""
+    seal = WORD.unpack(os.pread(file, WORD.size, SEAL_AT))[0]
+    if seal != OPEN and seal != seal_content(file, layout, cells_end, index_end):
+        raise LedgerDamaged("somebody changed it while no process had it open")
+
+
 def count_values(type_: str, bounds: Sequence[str]) -> int:
     """Return how many values a series has, after its STATE cells. Raises KeyError for an unknown type."""
     return {"counter": 1, "gauge": 1, "summary": 2, "histogram": 1 + len(bounds)}[type_]
+
+
+Labels = tuple[str, ...]
 
 
 class FamilyRecord(NamedTuple):
@@ -91,8 +113,8 @@ class FamilyRecord(NamedTuple):
     type: str
     help: str
     unit: str
-    labelnames: tuple[str, ...]
-    bounds: tuple[str, ...]
+    labelnames: Labels
+    bounds: Labels
     mode: str
 
 
@@ -100,11 +122,13 @@ class SeriesRecord(NamedTuple):
     """An index record that says in which cells a series begins. family: its number."""
 
     family: int
-    labelvalues: tuple[str, ...]
+    labelvalues: Labels
     first: int
 
 
 Record = FamilyRecord | SeriesRecord
+# Families, and of each the label values and all cells of its series.
+Content = list[tuple[FamilyRecord, list[tuple[Labels, list[float]]]]]
 
 
 def encode(record: Record) -> bytes:

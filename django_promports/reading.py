@@ -16,7 +16,6 @@ from typing import NamedTuple
 from django_promports.layout import (
     CELLS_AT,
     END_AT,
-    HEADER,
     HOLDER,
     HOLDER_AT,
     INDEX_AT_AT,
@@ -31,20 +30,21 @@ from django_promports.layout import (
     STATE,
     WORD,
     FamilyRecord,
+    Labels,
     LedgerDamaged,
     Record,
     SeriesRecord,
     count_values,
+    read_header,
     read_index,
-    read_version,
     sort_records,
 )
-from django_promports.version2 import read_old_index
+from django_promports.version2 import read_old_families
 
 # Attempts to read a file that changes too fast, or a reader that is stopped too often.
 ATTEMPTS = 5
 
-Families = dict[str, tuple[FamilyRecord, dict[tuple[str, ...], list[float]]]]
+Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
 
 
 class Reading(NamedTuple):
@@ -106,29 +106,28 @@ class Reader:
         return self._file
 
     def _read(self, file: int) -> Reading | None:
-        head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
-        if not head.strip(b"\0"):
+        status = os.fstat(file)
+        if not status.st_size:
             return None
-        version, site = read_version(head, HEADER.unpack_from(head)[3])
+        version, site = read_header(file, status.st_size)
+        head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
+        holder = HOLDER.unpack_from(head, HOLDER_AT) if version != 2 else (0, 0, 0)
         if version == 2:
-            families = self._read_version_2(file, LONG.unpack_from(head, END_AT)[0])
+            families = self._read_version_2(file)
         else:
-            index_at, end = LONG.unpack_from(head, INDEX_AT_AT)[0], LONG.unpack_from(head, END_AT)[0]
-            families = self._read_families(file, index_at, end)
-        pid, started, namespace = HOLDER.unpack_from(head, HOLDER_AT) if version != 2 else (0, 0, 0)
+            families = self._read_families(
+                file, LONG.unpack_from(head, INDEX_AT_AT)[0], LONG.unpack_from(head, END_AT)[0]
+            )
         return Reading(
             site,
             NUMBER.unpack_from(head, OPENED_AT)[0],
             NUMBER.unpack_from(head, SETTLED_AT)[0],
-            pid,
-            *((started, namespace) if pid else (0, 0)),
+            *(holder if holder[0] else (0, 0, 0)),  # without a pid the rest is just being written
             WORD.unpack_from(head, SEAL_AT)[0] != OPEN,
             families,
         )
 
-    def _read_families(
-        self, file: int, index_at: int, end: int
-    ) -> Families:
+    def _read_families(self, file: int, index_at: int, end: int) -> Families:
         size = min(end, os.fstat(file).st_size) - index_at
         if size <= 0 or index_at <= CELLS_AT:
             return {}
@@ -148,20 +147,19 @@ class Reader:
                 raise LedgerDamaged(f"the index of {self.path} is damaged ({error!r})") from None
         return self._known[1]
 
-    def _read_version_2(
-        self, file: int, end: int
-    ) -> Families:
-        index_at = LAYOUT.index_at
+    def _read_version_2(self, file: int) -> Families:
         for attempt in range(ATTEMPTS):
             try:
-                index = os.pread(file, max(0, end - index_at), index_at)
-                records = dict(enumerate(read_old_index(index, index_at, LAYOUT.cells).records))
+                content = read_old_families(file, LAYOUT)
             except (ValueError, TypeError, LookupError) as error:
                 if attempt == ATTEMPTS - 1:
                     raise LedgerDamaged(f"the index of {self.path} is damaged ({error!r})") from None
                 time.sleep(0.001)  # its holder may be writing
             else:
-                return _collect(records, _read_cells(file, records.values()))
+                return {
+                    record.name: (record, {labels: [cells[0], *cells[STATE:]] for labels, cells in series})
+                    for record, series in content
+                }
         raise AssertionError
 
 
@@ -193,7 +191,7 @@ def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
 
 def _collect(records: dict[int, Record], cells: memoryview[float]) -> Families:
     families: Families = {}
-    by_number: dict[int, tuple[FamilyRecord, dict[tuple[str, ...], list[float]]]] = {}
+    by_number: dict[int, tuple[FamilyRecord, dict[Labels, list[float]]]] = {}
     for _, record in sort_records(records.items()):
         if isinstance(record, FamilyRecord):
             former = families.get(record.name)

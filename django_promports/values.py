@@ -30,7 +30,8 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 from prometheus_client.values import MutexValue
 
-from django_promports.ledger import STATE, Family, Ledger, LedgerFull
+from django_promports.layout import STATE
+from django_promports.ledger import Family, Ledger, LedgerFull
 
 logger = logging.getLogger("django_promports")
 

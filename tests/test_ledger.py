@@ -77,9 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @contextlib.contextmanager
-def opened(
-    path: Path, *, seal: bool = True, application: str = "site", layout: Layout = LAYOUT
-) -> Iterator[Ledger]:
+def opened(path: Path, *, seal: bool = True, application: str = "site", layout: Layout = LAYOUT) -> Iterator[Ledger]:
     """Hold a ledger; without the seal it is left as a killed holder leaves it."""
     ledger = Ledger(path, application, layout)
     try:
@@ -450,7 +448,7 @@ def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
             written = data if isinstance(data, bytes) else bytes(data)
             content = (content[:position] + written + content[position + len(written) :])[: len(content)]
     if not sealed and len(content) == len(whole):  # nothing tells whether the cells of a killed holder are right
-        content = content[:CELLS_AT] + whole[CELLS_AT:SMALL.index_at] + content[SMALL.index_at:]
+        content = content[:CELLS_AT] + whole[CELLS_AT : SMALL.index_at] + content[SMALL.index_at :]
     path.write_bytes(content)
 
     with opened(path, layout=SMALL) as ledger:

@@ -21,7 +21,8 @@ from prometheus_client.samples import Sample
 
 from django_promports import ledger as ledger_module
 from django_promports.exposition import Exposition
-from django_promports.ledger import STATE, Ledger
+from django_promports.layout import STATE
+from django_promports.ledger import Ledger
 from django_promports.values import Book
 from tests.commands import run_python
 from tests.walk import check_form, read

@@ -18,7 +18,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.values import MutexValue
 
 from django_promports import ledger as ledger_module
-from django_promports.ledger import STATE, Ledger
+from django_promports.layout import STATE
+from django_promports.ledger import Ledger
 from django_promports.values import Book
 from tests.commands import run_python
 from tests.servers import parse, wait_until
