@@ -47,20 +47,25 @@ ATTEMPTS = 5
 Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
 
 
+class Holder(NamedTuple):
+    """A process: its pid, its start in clock ticks since the boot, and its pid namespace; each is 0 where unknown."""
+
+    pid: int
+    started: int
+    namespace: int
+
+
 class Reading(NamedTuple):
     """What a ledger held at one moment.
 
-    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. pid, started, namespace: its last
-    holder, with its start in clock ticks since the boot and its pid namespace; 0 where unknown. is_sealed: whether it
-    was closed. families: by name; of each series the created time and the values, by label values.
+    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed: whether
+    it was closed. families: by name; of each series the created time and the values, by label values.
     """
 
     site: bytes
     opened_at: float
     settled_at: float
-    pid: int
-    started: int
-    namespace: int
+    holder: Holder
     is_sealed: bool
     families: Families
 
@@ -111,7 +116,7 @@ class Reader:
             return None
         version, site = read_header(file, status.st_size)
         head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
-        holder = HOLDER.unpack_from(head, HOLDER_AT) if version != 2 else (0, 0, 0)
+        holder = Holder(*HOLDER.unpack_from(head, HOLDER_AT))
         if version == 2:
             families = self._read_version_2(file)
         else:
@@ -122,7 +127,7 @@ class Reader:
             site,
             NUMBER.unpack_from(head, OPENED_AT)[0],
             NUMBER.unpack_from(head, SETTLED_AT)[0],
-            *(holder if holder[0] else (0, 0, 0)),  # without a pid the rest is just being written
+            holder if holder.pid and version != 2 else Holder(0, 0, 0),  # without a pid it is being written
             WORD.unpack_from(head, SEAL_AT)[0] != OPEN,
             families,
         )

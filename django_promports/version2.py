@@ -62,7 +62,7 @@ def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
         raise LedgerDamaged("the end of its index is missing")
     check_seal(file, layout, old.cells_end, old.end)
     times = os.pread(file, 2 * NUMBER.size, SETTLED_AT)
-    return _collect(file, old), *struct.unpack("=dd", times)  # type: ignore[return-value]
+    return _collect(file, old), *struct.unpack("=dd", times)
 
 
 def read_old_families(file: int, layout: Layout) -> Content:

@@ -17,8 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.values import MutexValue
 
-from django_promports import ledger as ledger_module
-from django_promports.layout import STATE
+from django_promports.layout import CELLS_AT, LAYOUT, STATE, Layout
 from django_promports.ledger import Ledger
 from django_promports.values import Book
 from tests.commands import run_python
@@ -31,13 +30,13 @@ Make = Callable[[CollectorRegistry], None]
 class Process:
     """The metrics of one process, and its book on the ledger of a port."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, layout: Layout = LAYOUT) -> None:
+        self.path, self.layout = path, layout
         self.registry = CollectorRegistry(auto_describe=True)
         self.book = Book(self.registry)
 
     def open(self) -> None:
-        self.book.open(Ledger(self.path, "site"))
+        self.book.open(Ledger(self.path, "site", self.layout))
 
     def samples(self) -> Samples:
         return samples(self.book)
@@ -48,8 +47,8 @@ def processes(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[
     """Begin processes, one after the other, that each hold the ledger until they end."""
 
     @contextlib.contextmanager
-    def begin(*, before: Make | None = None) -> Iterator[Process]:
-        process = Process(tmp_path / "19100.ledger")
+    def begin(*, before: Make | None = None, layout: Layout = LAYOUT) -> Iterator[Process]:
+        process = Process(tmp_path / "19100.ledger", layout)
         if before is not None:
             before(process.registry)
         process.open()
@@ -695,17 +694,14 @@ def test_values_of_another_class_stay_in_memory(
         assert samples(process.book, created=False) == {'jobs_total{kind="x",state="y"}': 1.0}
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ledgers that are soon full."""
-    monkeypatch.setattr(ledger_module, "INDEX_AT", ledger_module.CELLS_AT + 8 * ledger_module.CELL_COUNT)
-    monkeypatch.setattr(ledger_module, "SIZE", ledger_module.INDEX_AT + 4096)
+# Soon full.
+SMALL = Layout(size=CELLS_AT + 8 * LAYOUT.cells + 4096)
 
 
 def test_a_full_ledger_is_one_error_and_counting_goes_on(
-    small: None, processes: Begin, caplog: pytest.LogCaptureFixture
+    processes: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         metric = make_labelled_histogram(process.registry)
         for number in range(100):
             for _ in range(3):
@@ -718,23 +714,23 @@ def test_a_full_ledger_is_one_error_and_counting_goes_on(
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "counted in memory" in errors(caplog)[0]
 
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         kept = samples(process.book, created=False)
     assert 10 * 18 < len(kept) < len(here)
     assert kept.items() <= here.items()
 
 
 def test_a_full_ledger_refuses_the_site_nothing(
-    small: None, processes: Begin, caplog: pytest.LogCaptureFixture
+    processes: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         for make in (make_counter, make_summary, make_histogram):
             work(make(process.registry))
         metric = Counter("labelled", "Labelled.", ["x"], registry=process.registry)
         for number in range(300):
             metric.labels(f"{number} {'x' * (50 if number < 60 else 1)}").inc()
 
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         metric = Counter("labelled", "Labelled.", ["x"], registry=process.registry)
         for number in range(300):
             metric.labels(f"{number}").inc()
@@ -777,7 +773,7 @@ def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
 def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> None:
     def scraped(process: Process) -> float:
         assert process.book.ledger is not None
-        return float(ledger_module.NUMBER.unpack_from(process.book.ledger._map_, ledger_module.SCRAPED_AT)[0])
+        return process.book.ledger.settled_at
 
     with processes() as process:
         work(make_counter(process.registry))
