@@ -22,7 +22,7 @@ from functools import partial
 from io import BytesIO
 from itertools import accumulate, chain, pairwise
 from threading import Lock
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, metrics, values
@@ -33,6 +33,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 from prometheus_client.values import MutexValue
 
+from django_promports.layout import QUARANTINE_SECONDS
 from django_promports.ledger import Family, Ledger
 from django_promports.values import Book, CellValue, Unmade, add_samples, is_known, make_metric
 
@@ -806,12 +807,16 @@ class Exposition:
         try:
             if len(vars(metric).get("_metrics", ())) > MANY_CHILDREN:  # to list them takes a while
                 yield from turn.rest()
-            children, series = list_series()
-            family.count_in(made.family)
-            sources: list[tuple[Any, list[Any]]] = [(made, children)]
-            if unmade is not None:
-                sources.append((_Unmade(unmade), series))
-            yield from family.update(form, turn, sources, made.kind)
+            is_recent = False
+            while not is_recent:  # if the process was stopped meanwhile, removed series' cells may be others' by now
+                listed = monotonic()
+                children, series = list_series()
+                family.count_in(made.family)
+                sources: list[tuple[Any, list[Any]]] = [(made, children)]
+                if unmade is not None:
+                    sources.append((_Unmade(unmade), series))
+                yield from family.update(form, turn, sources, made.kind)
+                is_recent = monotonic() - listed < QUARANTINE_SECONDS
         except _Unknown:
             family.sections = []
             raise

@@ -58,8 +58,8 @@ class Holder(NamedTuple):
 class Reading(NamedTuple):
     """What a ledger held at one moment.
 
-    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed: whether
-    it was closed. families: by name; of each series the created time and the values, by label values.
+    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed:
+    whether it was closed. families: by name; of each series the created time and the values, by label values.
     """
 
     site: bytes

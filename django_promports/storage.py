@@ -63,8 +63,7 @@ class Family:
 
     It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
     other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
-    values a series has. forgotten: how many of its series were forgotten; while that stays the same, so do the cells of
-    all its series.
+    values a series has.
     """
 
     number: int
@@ -78,7 +77,6 @@ class Family:
     series: dict[Labels, int] = field(repr=False)
     cells: memoryview[float] = field(repr=False)
     slot: int = field(repr=False)
-    forgotten: int = 0
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,7 +206,6 @@ class Storage:
             # In this order: whatever interrupts it, no record is left of a series that is not known here.
             slot = self._slots[first]
             size = self._free_slot(slot)
-            family.forgotten += 1
             del family.series[labelvalues], self._slots[first]
             self._free.add(slot, size)
             self._holes.give_back(first, STATE + family.width)

@@ -391,11 +391,8 @@ class Book:
         metric.remove, metric.remove_by_labels, metric.clear = remove, remove_by_labels, clear
 
     def _forget(self, family: Family, labelvalues: Labels | None = None) -> None:
-        try:
-            if self.ledger is not None:
-                self.ledger.forget(family, labelvalues)
-        except LedgerFull as full:
-            self._warn("%s: what was removed comes back in the next process.", full)
+        if self.ledger is not None:
+            self.ledger.forget(family, labelvalues)
 
     def _attach(self, metric: Any, help_: str, labelvalues: Labels, child: Any) -> None:
         ledger = self.ledger
@@ -591,6 +588,8 @@ def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[st
     for labelvalues, first in series.items():
         labels = dict(zip(family.labelnames, labelvalues, strict=True))
         created, *_ = cells = family.cells[first : first + STATE + family.width].tolist()
+        if family.series.get(labelvalues) != first:  # removed since, and its cells may be another's by now
+            continue
         values = cells[STATE:]
         numbers: list[tuple[str, dict[str, str], float]]
         if family.type == "counter":

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.values import MutexValue
 
+from django_promports import storage
 from django_promports.layout import CELLS_AT, LAYOUT, STATE, Layout
 from django_promports.ledger import Ledger
 from django_promports.values import Book
@@ -330,7 +331,7 @@ def test_wrong_arguments_of_a_removal_are_refused_as_ever(processes: Begin) -> N
         with pytest.raises(ValueError, match="Unknown label names"):
             metric.remove_by_labels({"nope": "x"})
         with pytest.raises(TypeError):
-            metric.remove_by_labels("x")  # type: ignore[arg-type]
+            metric.remove_by_labels("x")
 
 
 def test_a_removed_child_that_somebody_still_has_counts_nowhere(processes: Begin) -> None:
@@ -698,9 +699,7 @@ def test_values_of_another_class_stay_in_memory(
 SMALL = Layout(size=CELLS_AT + 8 * LAYOUT.cells + 4096)
 
 
-def test_a_full_ledger_is_one_error_and_counting_goes_on(
-    processes: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_ledger_is_one_error_and_counting_goes_on(processes: Begin, caplog: pytest.LogCaptureFixture) -> None:
     with processes(layout=SMALL) as process:
         metric = make_labelled_histogram(process.registry)
         for number in range(100):
@@ -720,9 +719,7 @@ def test_a_full_ledger_is_one_error_and_counting_goes_on(
     assert kept.items() <= here.items()
 
 
-def test_a_full_ledger_refuses_the_site_nothing(
-    processes: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_ledger_refuses_the_site_nothing(processes: Begin, caplog: pytest.LogCaptureFixture) -> None:
     with processes(layout=SMALL) as process:
         for make in (make_counter, make_summary, make_histogram):
             work(make(process.registry))
@@ -954,3 +951,23 @@ def test_cells_hold_what_the_metric_says(processes: Begin) -> None:
             assert ledger.cells[first + STATE] == number
 
         wait_until(lambda: ledger.cells[first] == counter._created, "created is there", 1)
+
+
+def test_a_series_that_is_removed_during_a_scrape_shows_no_number_of_another(
+    processes: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "QUARANTINE_SECONDS", 0.0)  # as if the collector had taken that long
+    with processes() as process:
+        make_labelled_counter(process.registry).labels("old", "x").inc(5)
+    with processes() as process:
+
+        class Collecting:
+            def collect(self) -> list[Any]:
+                metric.remove("old", "x")
+                metric.labels("new", "x").inc(7)
+                return []
+
+        process.registry.register(Collecting())
+        metric = make_labelled_counter(process.registry)
+
+        assert samples(process.book, created=False) == {'jobs_total{kind="new",state="x"}': 7.0}
