@@ -27,6 +27,8 @@ class Space:
 
     def take(self, size: int) -> int | None:
         """Return where a piece of exactly this size begins; None if none is ready."""
+        if not self.count:
+            return None
         while self._resting and self._resting[0][0] <= time.monotonic():
             _, begin, resting = self._resting.popleft()
             self._ready.setdefault(resting, []).append(begin)
@@ -41,6 +43,8 @@ class Space:
 
     def take_larger(self, size: int) -> tuple[int, int] | None:
         """Return begin and size of the smallest piece that is larger; None if none is ready."""
+        if not self._ready:
+            return None
         larger = min((ready for ready in self._ready if ready > size), default=None)
         begin = self.take(larger) if larger is not None else None
         return None if larger is None or begin is None else (begin, larger)

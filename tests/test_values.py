@@ -14,7 +14,9 @@ from typing import Any
 import prometheus_client.values
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
 from prometheus_client.values import MutexValue
 
 from django_promports import storage
@@ -331,7 +333,7 @@ def test_wrong_arguments_of_a_removal_are_refused_as_ever(processes: Begin) -> N
         with pytest.raises(ValueError, match="Unknown label names"):
             metric.remove_by_labels({"nope": "x"})
         with pytest.raises(TypeError):
-            metric.remove_by_labels("x")
+            metric.remove_by_labels("x")  # type: ignore[arg-type]
 
 
 def test_a_removed_child_that_somebody_still_has_counts_nowhere(processes: Begin) -> None:
@@ -961,8 +963,11 @@ def test_a_series_that_is_removed_during_a_scrape_shows_no_number_of_another(
         make_labelled_counter(process.registry).labels("old", "x").inc(5)
     with processes() as process:
 
-        class Collecting:
-            def collect(self) -> list[Any]:
+        class Collecting(Collector):
+            def describe(self) -> list[Metric]:
+                return []
+
+            def collect(self) -> list[Metric]:
                 metric.remove("old", "x")
                 metric.labels("new", "x").inc(7)
                 return []
