@@ -24,7 +24,8 @@ from prometheus_client.registry import Collector
 from django_promports.acts import LONG_PATIENCE_SECONDS, Acts
 from django_promports.children import Children, Labels, NoLock
 from django_promports.kinds import KINDS, Kind, find_counted, find_kind
-from django_promports.ledger import STATE, Family, Ledger, LedgerFull
+from django_promports.layout import STATE
+from django_promports.ledger import Family, Ledger, LedgerFull
 from django_promports.unmade import Unmade, merge, read_shape, sample_names
 from django_promports.values import CellValue, are_known, give_cell
 
@@ -208,11 +209,8 @@ class Binding:
         metric.remove, metric.remove_by_labels, metric.clear = remove, remove_by_labels, clear
 
     def _forget(self, family: Family, labelvalues: Labels | None = None) -> None:
-        try:
-            if self.ledger is not None:
-                self.ledger.forget(family, labelvalues)
-        except LedgerFull as full:
-            self._warn("%s: what was removed comes back in the next process.", full)
+        if self.ledger is not None:
+            self.ledger.forget(family, labelvalues)
 
     def _attach(self, metric: Any, help_: str, labelvalues: Labels, child: Any) -> None:
         ledger = self.ledger

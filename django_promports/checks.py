@@ -14,7 +14,7 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from django_promports import ledger, unix
+from django_promports import folders, unix
 from django_promports.conf import WILDCARDS, conf, show
 from django_promports.ports import format_ports
 
@@ -103,7 +103,7 @@ def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[chec
 def _check_file_system() -> list[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
-        file_system = ledger.find_filesystem(folder) if folder else ""
+        file_system = folders.find_filesystem(folder) if folder else ""
     except (ImproperlyConfigured, OSError):
         return []  # check_settings() reports it
     if not file_system or file_system in IN_MEMORY:
@@ -223,7 +223,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
         if folder is not None:
-            ledger.check_folder(folder)
+            folders.check_folder(folder)
         elif conf.no_ledger_dir:
             yield checks.Warning(
                 f"{conf.no_ledger_dir}. Workers count in memory, and their counts are lost when they end.",
@@ -234,7 +234,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
         pass  # the first worker creates it
     except ImproperlyConfigured:
         pass  # _check_values() reports it
-    except ledger.ForeignFolder as error:
+    except folders.ForeignFolder as error:
         yield checks.Warning(
             f"PROMPORTS_LEDGER_DIR: {error}.",
             hint="This is correct if the owner of the folder runs the workers. Workers of the current user would "

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from django_promports import ports, presence
 from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint
-from django_promports.ledger import Ledger, LedgerFull, LedgerLocked, make_folder, read_opening
+from django_promports.folders import make_folder
+from django_promports.ledger import Ledger, LedgerFull, LedgerLocked
+from django_promports.reading import read_opening
 from django_promports.secret import make_secret, remove_secret
 from django_promports.thread import PAUSE_SECONDS
 

@@ -1,70 +1,46 @@
 """The ledger: the file behind a port, in which its counts outlive the process that made them.
 
 The file is mapped into memory, so a count is safe the moment it is written: the kernel owns the pages, whatever
-becomes of the process. One process at a time has it open, under flock(2).
-
-Format, version 2, in native byte order. Nothing moves, so that a kill at any instant leaves a readable file:
-
-    0          header: magic, version, byte order, size, SHA-256 of the application's name, CRC-32 of all that
-    1024       seal: CRC-32 of cells and index if the last holder closed the file, or OPEN while one has it open
-    1032       uint64 end of the index, written after each record
-    2048       float64 times in seconds since the epoch: of the last complete scrape, of the last opening
-    4096       cells: float64 each
-    INDEX_AT   index: records one after the other, each 8-byte aligned; the first with length 0 is the end
-               uint32 length, uint32 CRC-32 of the payload, payload: a JSON list
-               ["family", name, type, help, unit, [label names], [bucket bounds]], numbered from 0
-               ["series", family number, [label values], first cell]
-               ["forget", family number, [label values]], or ["forget", family number] for the whole family
-
-A record counts once its length is there, which is written last. A series owns STATE cells (created, activity at the
-last claim, time of the last claim that found other activity) and then its values: a counter's one, a summary's count
-and sum, a histogram's sum and buckets (each bucket by itself, not cumulated).
-
-The seal covers the cells only when the last holder closed the file; of one whose holder was killed, header, index and
-sizes can be verified, and the cells are taken as they are.
+becomes of the process. One process at a time has it open, under flock(2). This module decides what the next holder
+takes over from the last one; docs/ledger-format.md is the specification of the file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import mmap
 import os
 import stat
-import struct
 import time
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from django_promports.kinds import KINDS
+from django_promports.layout import (
+    HOLDER_AT,
+    LAYOUT,
+    LONG,
+    OPENED_AT,
+    SETTLED_AT,
+    STATE,
+    Content,
+    FamilyRecord,
+    Labels,
+    Layout,
+    LedgerDamaged,
+    hash_site,
+    read_header,
+)
+from django_promports.storage import Family, LedgerFull, Storage
 from django_promports.unix import lock_file
+from django_promports.version2 import read_old_file
+
+__all__ = ["Family", "Ledger", "LedgerFull", "LedgerLocked"]
 
 logger = logging.getLogger("django_promports")
 
-MAGIC = b"promport"
-VERSION = 2
-SIZE = 64 * 1024 * 1024  # sparse: pages that nobody wrote take no memory and no disk
-SEAL_AT, END_AT, SCRAPED_AT, OPENED_AT, CELLS_AT = 1024, 1032, 2048, 2056, 4096
-OPEN = int.from_bytes(b"OPEN", "big")  # not 0: a sealed file whose seal was torn out must not look open
-CELL_COUNT = 2 * 1024 * 1024  # a hundred thousand histograms
-INDEX_AT = CELLS_AT + 8 * CELL_COUNT
-HEADER = struct.Struct("=8sIIQ32s")
-WORD = struct.Struct("=I")
-LONG = struct.Struct("=Q")
-NUMBER = struct.Struct("=d")
-RECORD = struct.Struct("=II")
-# Space is reserved in pieces of this size before it is written: a mapped page that the full file system cannot back
-# would kill the process (SIGBUS).
-PIECE = 64 * 1024
-# Cells of a series before its values.
-STATE = 3
 # A series that nobody touched for this long, and that was scraped since, is dropped at the next claim. Shorter, and a
-# counter that grows once an hour would begin anew each time, which PromQL does not count.
+# counter that grows once an hour would restart from zero each time, which PromQL does not count.
 FORGET_SECONDS = 24 * 3600.0
 # Seconds to wait for the lock: a process that ends frees its port a moment before its files.
 LOCK_SECONDS = 0.5
@@ -74,103 +50,58 @@ class LedgerLocked(Exception):
     """Another process has this ledger open."""
 
 
-class LedgerFull(Exception):
-    """There is no room for another series, in the ledger or on the file system."""
+class Copy(NamedTuple):
+    """What a new file has from the start."""
 
-
-class LedgerDamaged(Exception):
-    """The file is no ledger of this application, or not a whole one."""
-
-
-class ForeignFolder(PermissionError):
-    """The folder belongs to another user."""
-
-
-@dataclass(eq=False, slots=True)
-class Family:
-    """What the series of one metric have in common, and the first cell of each, by label values.
-
-    It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
-    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
-    values a series has.
-    """
-
-    number: int
-    name: str
-    type: str
-    help: str
-    unit: str
-    labelnames: tuple[str, ...]
-    bounds: tuple[str, ...]
-    series: dict[tuple[str, ...], int] = field(repr=False)
-    cells: memoryview[float] = field(repr=False)
-    width: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.width = KINDS[self.type].count_values(self.bounds)
-
-    @property
-    def shape(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """What has to stay the same for its numbers to mean the same."""
-        return self.type, self.labelnames, self.bounds
-
-    @property
-    def growing(self) -> slice:
-        """Which of its values never fall."""
-        return KINDS[self.type].growing
-
-    def read(self, firsts: Iterable[int]) -> bytes:
-        """Return the values of the series that begin at these cells, as bytes of float64, one after the other."""
-        cells, end = self.cells, STATE + self.width
-        return b"".join([cells[first + STATE : first + end] for first in firsts])
+    content: Content
+    settled_at: float = 0.0
+    opened_at: float = 0.0
 
 
 class Ledger:
-    """An open ledger. Whoever has it sees to it that one change ends before another begins.
+    """An open ledger. Its holder ensures that one change ends before another begins.
 
     families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. A series'
     values begin STATE cells after its first one. is_new: whether there was no such file before.
     """
 
-    def __init__(self, path: Path, application: str) -> None:
+    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
         """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
-        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. A file that is no ledger of
-        this application, or damaged, is set aside with a WARNING, and a new one begins.
+        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
+        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
         """
         self.path = path
-        self.families: dict[str, Family] = {}
-        self._application = hashlib.sha256(application.encode()).digest()
-        self._by_number: list[Family] = []
-        self._forgotten = 0
-        self._file = _open_locked(path)
-        self.is_new = self._is_unwritten()
+        self._site, self._layout = hash_site(application), layout
+        file = _open_locked(path)
         try:
-            self._map()
-            try:
-                self._read()
-            except LedgerDamaged as damage:
-                aside = path.with_name(f"{path.name}.damaged")
-                aside.unlink(missing_ok=True)
-                os.link(path, aside)  # the path itself is never free for another process
-                logger.warning(
-                    "%s cannot be continued: %s. It is %s now; its counts begin at zero.", path, damage, aside
-                )
-                self._renew([])
-            else:
-                WORD.pack_into(self._map_, SEAL_AT, OPEN)  # before the first cell changes: its holder may be killed
-                self._tidy()
+            self.is_new = os.fstat(file).st_size == 0
+            self._storage = self._load(file)
+        except BaseException:
+            os.close(file)
+            raise
+        if self._storage.file != file:  # held until the new one is in its place
+            os.close(file)
+        try:
+            self._storage.mark_open()
+            self._tidy()
+            self._note_holder()
         except BaseException:
             self.close(seal=False)
             raise
-        NUMBER.pack_into(self._map_, OPENED_AT, time.time())
+        self.families, self.cells = self._storage.families, self._storage.cells
+
+    @property
+    def settled_at(self) -> float:
+        """When all of it was scraped last, in seconds since the epoch; 0 if it never was."""
+        return self._storage.read_number(SETTLED_AT)
 
     def add_family(
-        self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
+        self, name: str, type_: str, help_: str, unit: str, labelnames: Labels, bounds: Labels, mode: str = ""
     ) -> Family:
         """Return the family of this name, made where there is none. One of another shape is forgotten first.
 
-        Raises LedgerFull.
+        mode: a gauge's multiprocess mode. Raises LedgerFull.
         """
         known = self.families.get(name)
         if known is not None:
@@ -178,29 +109,24 @@ class Ledger:
                 return known
             logger.warning("%s has other labels or buckets than before; its counts begin at zero.", name)
             self.forget(known)
-        return self._add_family(name, type_, help_, unit, labelnames, bounds)
+        help_ = str.encode(help_, errors="replace").decode()  # a lone surrogate in it must not cost the counts
+        return self._storage.add_family(FamilyRecord(0, name, type_, help_, unit, labelnames, bounds, mode))
 
-    def add_series(self, family: Family, labelvalues: tuple[str, ...], created: float) -> int:
+    def add_series(self, family: Family, labelvalues: Labels, created: float) -> int:
         """Return the first cell of a new series; its values are zero.
 
         Raises LedgerFull, and UnicodeEncodeError for label values that no exposition can show.
         """
-        return self._add_series(family, labelvalues, [created, 0.0, time.time()] + [0.0] * family.width)
+        numbers = [created, 0.0, time.time()] + [0.0] * family.width
+        return self._storage.add_series(family, labelvalues, numbers)
 
-    def forget(self, family: Family, labelvalues: tuple[str, ...] | None = None) -> None:
-        """Remove a series, or all of a family with the family itself. Their cells are not used again."""
-        if labelvalues is None:
-            if self.families.get(family.name) is family:
-                self._append(["forget", family.number])
-                self._forgotten += len(family.series) + 1
-                del self.families[family.name]
-        elif family.series.pop(labelvalues, None) is not None:
-            self._forgotten += 1
-            self._append(["forget", family.number, labelvalues])
+    def forget(self, family: Family, labelvalues: Labels | None = None) -> None:
+        """Remove a series, or a whole family with its series. Cells rest for a while before they are used again."""
+        self._storage.forget(family, labelvalues)
 
     def note_scrape(self) -> None:
         """Note that all of it was scraped just now."""
-        NUMBER.pack_into(self._map_, SCRAPED_AT, time.time())
+        self._storage.write_number(SETTLED_AT, time.time())
 
     def close(self, *, seal: bool = True, remove: bool = False) -> None:
         """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
@@ -208,183 +134,48 @@ class Ledger:
         Nobody may use the cells any more. In a forked child of the holder (seal=False) this only lets go of what
         the child inherited. remove: remove the file as well.
         """
-        if seal:
-            # A signal handler may have raised in an append, between the record and our knowledge of it.
-            if self._index_end + RECORD.size <= SIZE and WORD.unpack_from(self._map_, self._index_end)[0]:
-                RECORD.pack_into(self._map_, self._index_end, 0, 0)
-                LONG.pack_into(self._map_, END_AT, self._index_end)
-            WORD.pack_into(self._map_, SEAL_AT, self._checksum())
-        if hasattr(self, "cells"):
-            self.cells.release()
-        if hasattr(self, "_map_"):
-            self._map_.close()
         if remove:  # while the lock is held
             self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        self._storage.close(seal=seal)
 
-    def _map(self) -> None:
-        if self._is_unwritten():
-            self._create()
-        size = os.fstat(self._file).st_size
-        if size == SIZE:
-            self._map_ = mmap.mmap(self._file, SIZE)
-            self.cells = memoryview(self._map_)[CELLS_AT:INDEX_AT].cast("d")
-        self._cells_end = self._cells_reserved = 0
-        self._index_end = self._index_reserved = INDEX_AT
-
-    def _is_unwritten(self) -> bool:
-        """Whether nothing was ever counted in the file: it is new, or its maker was killed before the header."""
-        begins = os.pread(self._file, len(MAGIC), 0) + os.pread(self._file, WORD.size, INDEX_AT)
-        return not begins.strip(b"\0")
-
-    def _create(self) -> None:
-        header = HEADER.pack(MAGIC, VERSION, 0x01020304, SIZE, self._application)
+    def _load(self, file: int) -> Storage:
+        """Return the storage in this file, or in a new one that has taken its place."""
+        if self.is_new:
+            return self._renew(Copy([]))
         try:
-            _reserve(self._file, 0, CELLS_AT)
-            _reserve(self._file, INDEX_AT, RECORD.size)  # where tmpfs is full, even reading a hole is a SIGBUS
-        except LedgerFull:
-            os.ftruncate(self._file, 0)
-            raise
-        os.ftruncate(self._file, SIZE)
-        # Last: without it the file counts as new.
-        os.pwrite(self._file, (header + WORD.pack(zlib.crc32(header))).ljust(SEAL_AT, b"\0") + WORD.pack(OPEN), 0)
-
-    def _read(self) -> None:
-        size = os.fstat(self._file).st_size
-        if size != SIZE:
-            raise LedgerDamaged(f"it has {size} bytes instead of {SIZE}")
-        header = self._map_[: HEADER.size]
-        if header[:8] != MAGIC or WORD.unpack_from(self._map_, HEADER.size)[0] != zlib.crc32(header):
-            raise LedgerDamaged("it does not begin like a ledger")
-        if header[:-32] != HEADER.pack(MAGIC, VERSION, 0x01020304, SIZE, b"")[:-32]:
-            raise LedgerDamaged("another version of django_promports wrote it")
-        if header[-32:] != self._application:
-            raise LedgerDamaged("it belongs to another site")
-        try:
-            while record := self._read_record():
-                self._apply(record)
-        except (ValueError, TypeError, LookupError, struct.error) as error:
-            raise LedgerDamaged(f"its index is damaged at byte {self._index_end} ({error!r})") from None
-        if self._index_end < LONG.unpack_from(self._map_, END_AT)[0]:
-            raise LedgerDamaged("the end of its index is missing")
-        seal = WORD.unpack_from(self._map_, SEAL_AT)[0]
-        if seal != OPEN and seal != self._checksum():
-            raise LedgerDamaged("somebody changed it while no process had it open")
-        # What was written was reserved; it may have been the last of its piece.
-        self._cells_reserved = self._index_reserved = 0
-
-    def _read_record(self) -> list[Any]:
-        if self._index_end + RECORD.size > SIZE:
-            return []
-        length, checksum = RECORD.unpack_from(self._map_, self._index_end)
-        if length == 0:
-            return []
-        begin = self._index_end + RECORD.size
-        if begin + length > SIZE:
-            raise ValueError("too long")
-        payload = self._map_[begin : begin + length]
-        if zlib.crc32(payload) != checksum:
-            raise ValueError("checksum")
-        self._index_end = begin + _align(length)
-        record = json.loads(payload)
-        if not isinstance(record, list):
-            raise TypeError("no list")
-        return record
-
-    def _apply(self, record: list[Any]) -> None:
-        what, *rest = record
-        if what == "series":
-            number, labelvalues, first = rest
-            family = self._by_number[number]
-            if first < self._cells_end or first + STATE + family.width > CELL_COUNT:
-                raise ValueError("cells")
-            self._forgotten += tuple(labelvalues) in family.series  # it was dropped, and came back
-            family.series[tuple(labelvalues)] = first
-            self._cells_end = first + STATE + family.width
-        elif what == "family":
-            name, type_, help_, unit, labelnames, bounds = rest
-            "".join([name, unit, *labelnames]).encode()
-            self._hold(name, type_, help_, unit, tuple(labelnames), tuple(bounds))
-        elif what == "forget":
-            family = self._by_number[rest[0]]
-            if len(rest) > 1:
-                del family.series[tuple(rest[1])]
-                self._forgotten += 1
-            else:
-                self._forgotten += len(family.series) + 1
-                del self.families[family.name]
-        else:
-            raise ValueError(what)
-
-    def _add_family(
-        self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
-    ) -> Family:
-        help_ = str.encode(help_, errors="replace").decode()  # a lone surrogate in it must not cost the counts
-        self._append(["family", name, type_, help_, unit, labelnames, bounds])
-        return self._hold(name, type_, help_, unit, labelnames, bounds)
-
-    def _hold(
-        self, name: str, type_: str, help_: str, unit: str, labelnames: tuple[str, ...], bounds: tuple[str, ...]
-    ) -> Family:
-        family = Family(len(self._by_number), name, type_, help_, unit, labelnames, bounds, {}, self.cells)
-        self._by_number.append(family)
-        self.families[name] = family
-        return family
-
-    def _add_series(self, family: Family, labelvalues: tuple[str, ...], cells: list[float]) -> int:
-        first, end = self._cells_end, self._cells_end + len(cells)
-        if end > CELL_COUNT:
-            raise LedgerFull(f"{self.path} is full")
-        if end > self._cells_reserved:
-            self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * len(cells), CELLS_AT, INDEX_AT) // 8
-        for position, value in enumerate(cells, first):
-            self.cells[position] = value
-        index_end, self._cells_end = self._index_end, end
-        try:
-            self._append(["series", family.number, labelvalues, first])
-        finally:  # whatever interrupts this, like a signal handler that raises: no two records have the same cells
-            if self._index_end == index_end:
-                self._cells_end = first
-        family.series[labelvalues] = first
-        return first
-
-    def _append(self, record: list[Any]) -> None:
-        payload = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-        begin = self._index_end + RECORD.size
-        end = begin + _align(len(payload))
-        if end + RECORD.size > SIZE:
-            raise LedgerFull(f"{self.path} is full")
-        if end + RECORD.size > self._index_reserved:
-            self._index_reserved = INDEX_AT + self._reserve(
-                self._index_end, end + RECORD.size - self._index_end, INDEX_AT, SIZE
+            version, site = read_header(file, self._layout.size)
+            if site != self._site:
+                raise LedgerDamaged("it belongs to another site")
+            if version == 2:
+                content, settled_at, opened_at = read_old_file(file, self._layout)
+                return self._renew(Copy(content, settled_at, opened_at))
+            storage = Storage(self.path, file, self._layout)
+            try:
+                storage.load()
+            except BaseException:
+                storage.unmap()
+                raise
+            return storage
+        except LedgerDamaged as damage:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            aside.unlink(missing_ok=True)
+            os.link(self.path, aside)  # the path itself is never free for another process
+            logger.warning(
+                "%s cannot be continued: %s. It is %s now; its counts begin at zero.", self.path, damage, aside
             )
-        self._map_[begin : begin + len(payload)] = payload
-        # Whatever lies behind it is no record; then it counts as one itself.
-        RECORD.pack_into(self._map_, end, 0, 0)
-        WORD.pack_into(self._map_, self._index_end + WORD.size, zlib.crc32(payload))
-        WORD.pack_into(self._map_, self._index_end, len(payload))
-        LONG.pack_into(self._map_, END_AT, end)
-        self._index_end = end
-
-    def _reserve(self, begin: int, length: int, base: int, limit: int) -> int:
-        """Reserve these bytes and the rest of their piece of the area from `base` to `limit`.
-
-        Nothing may be in use from `begin` to `limit`: what lies before in the piece was reserved when it was written.
-        Returns how far the reserved space reaches from `base`.
-        """
-        end = -(-(begin - base + length) // PIECE) * PIECE
-        _reserve(self._file, begin, min(base + end, limit) - begin)
-        return end
+            return self._renew(Copy([]))
 
     def _tidy(self) -> None:
-        """Note which series the last holder touched, and leave out those that nobody did for long.
+        """Note which series the last holder touched, and forget those that nobody did for long.
 
-        Numbers that are not finite are zero from here on, and series are left out that no exposition can show.
+        Numbers that are not finite are zero from here on, and what gauges said went with their process.
         """
-        now = time.time()
-        scraped = NUMBER.unpack_from(self._map_, SCRAPED_AT)[0]
-        cells, senseless = self.cells, []
-        for family in list(self.families.values()):
+        now, scraped, storage = time.time(), self.settled_at, self._storage
+        cells, senseless = storage.cells, []
+        for family in list(storage.families.values()):
+            if family.type == "gauge":
+                self.forget(family)
+                continue
             width, growing = STATE + family.width, family.growing
             for labelvalues, first in list(family.series.items()):
                 row: list[Any] = cells[first : first + width].tolist()
@@ -395,14 +186,10 @@ class Ledger:
                             cells[cell] = row[cell - first] = 0.0
                             senseless.append(f"{family.name}{list(labelvalues)}")
                 activity = sum(row[STATE:][growing])
-                if not _is_text(labelvalues):
-                    del family.series[labelvalues]
-                    self._forgotten += 1
-                elif activity != row[1] or not is_sound:
+                if activity != row[1] or not is_sound:
                     cells[first + 1], cells[first + 2] = activity if math.isfinite(activity) else 0.0, now
                 elif row[2] < min(scraped, now - FORGET_SECONDS):
-                    del family.series[labelvalues]
-                    self._forgotten += 1
+                    self.forget(family, labelvalues)
         if senseless:
             logger.warning(
                 "%s: %s numbers were not finite and begin at zero, in %s and %s other series.",
@@ -411,98 +198,58 @@ class Ledger:
                 senseless[0],
                 len(set(senseless)) - 1,
             )
-        live = sum(len(family.series) for family in self.families.values())
-        if self._forgotten > live // 4:
-            self._renew(
-                [
-                    (
-                        family,
-                        [(values, list(cells[i : i + STATE + family.width])) for values, i in family.series.items()],
-                    )
-                    for family in self.families.values()
-                    if family.series
-                ]
-            )
+        if storage.is_sparse:
+            content = [
+                (
+                    family.record,
+                    [
+                        (labelvalues, list(cells[first : first + STATE + family.width]))
+                        for labelvalues, first in family.series.items()
+                    ],
+                )
+                for family in storage.families.values()
+                if family.series
+            ]
+            with suppress(LedgerFull):  # there is room in the old one
+                self._storage = self._renew(Copy(content, scraped, storage.read_number(OPENED_AT)))
+                storage.close(seal=False)
 
-    def _renew(self, content: list[tuple[Family, list[tuple[tuple[str, ...], list[float]]]]]) -> None:
-        """Put a new file with this content in the place of the old one."""
-        scraped = NUMBER.unpack_from(self._map_, SCRAPED_AT)[0] if content else 0.0
+    def _renew(self, copy: Copy) -> Storage:
+        """Put a new file with this content in the place of the old one, which stays as it is until then."""
         temporary = self.path.with_name(f".{self.path.name}.new")
         temporary.unlink(missing_ok=True)
-        old, self._file = self._file, _open_locked(temporary)
-        if hasattr(self, "cells"):
-            self.cells.release()
-            self._map_.close()
-        self.families, self._by_number, self._forgotten = {}, [], 0
+        file = _open_locked(temporary)
         try:
-            self._map()
-            for family, series in content:
-                new = self._add_family(
-                    family.name, family.type, family.help, family.unit, family.labelnames, family.bounds
-                )
-                for labelvalues, cells in series:
-                    self._add_series(new, labelvalues, cells)
-            NUMBER.pack_into(self._map_, SCRAPED_AT, scraped)
+            storage = Storage.create(self.path, file, self._layout, self._site)
+            for record, many in copy.content:
+                family = storage.add_family(record)
+                for labelvalues, numbers in many:
+                    storage.add_series(family, labelvalues, numbers)
+            storage.write_number(SETTLED_AT, copy.settled_at)
+            storage.write_number(OPENED_AT, copy.opened_at)
             os.replace(temporary, self.path)
         except BaseException:
             temporary.unlink(missing_ok=True)
+            os.close(file)
             raise
-        finally:
-            os.close(old)
+        return storage
 
-    def _checksum(self) -> int:
-        """CRC-32 of everything that the index and its cells say; never OPEN, and never 0, which nobody wrote."""
-        cells = zlib.crc32(self._map_[CELLS_AT : CELLS_AT + 8 * self._cells_end])
-        checksum = zlib.crc32(self._map_[INDEX_AT : self._index_end], cells)
-        return checksum if checksum not in (0, OPEN) else 1
+    def _note_holder(self) -> None:
+        storage = self._storage
+        storage.write_long(HOLDER_AT, 0)  # until the rest is there
+        for number, value in enumerate(_identify_process(), 1):
+            storage.write_long(HOLDER_AT + number * LONG.size, value)
+        storage.write_long(HOLDER_AT, os.getpid())
+        storage.write_number(OPENED_AT, time.time())
 
 
-def read_opening(path: Path) -> float | None:
-    """Return when a ledger was opened last, in seconds since the epoch; None if there is none."""
+def _identify_process() -> tuple[int, int]:
+    """Return when this process started, in clock ticks since the boot, and its pid namespace; 0 where unknown."""
     try:
-        with path.open("rb") as file:
-            return float(NUMBER.unpack(os.pread(file.fileno(), NUMBER.size, OPENED_AT))[0])
-    except (OSError, struct.error):
-        return None
-
-
-def make_folder(path: Path) -> bool:
-    """Make the folder of the ledgers, for this user only; False if it was there already.
-
-    Raises OSError if it cannot be made, PermissionError if it is a link, or another user's, or others may write to it.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True)
-        return True
-    except FileExistsError:
-        check_folder(path)
-        return False
-
-
-def check_folder(path: Path) -> None:
-    """Raise PermissionError if nobody's ledgers must be in this folder, ForeignFolder if this user's must not."""
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(f"{path} is no folder, or a link to one")
-    if status.st_mode & 0o022:
-        raise PermissionError(f"others may write to {path}")
-    if status.st_uid != os.geteuid():
-        raise ForeignFolder(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, who runs this process")
-
-
-def find_filesystem(path: Path) -> str:
-    """Return the type of the file system that the path, or its nearest parent, is on; "" where that is unknown."""
-    while not path.exists():
-        path = path.parent
-    device = path.stat().st_dev
-    try:
-        # man 5 proc: the third field is the device, the one after " - " the type.
-        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-            if line.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-                return line.partition(" - ")[2].split()[0]
-    except OSError:
-        pass
-    return ""
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()  # man 5 proc: the 22nd
+        return int(fields[19]), os.stat("/proc/self/ns/pid").st_ino
+    except (OSError, ValueError, LookupError):
+        return 0, 0
 
 
 def _open_locked(path: Path) -> int:
@@ -527,30 +274,3 @@ def _open_locked(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-
-
-def _reserve(file: int, offset: int, length: int) -> None:
-    """Write zeros to bytes of the file that nobody uses yet. Raises LedgerFull.
-
-    posix_fallocate(3) is not everywhere (macOS), is not supported by every file system, and reads and writes back bytes
-    in use where glibc emulates it, which would undo a count of another thread. Zeros reserve space on each of them.
-    """
-    end = offset + length
-    try:
-        while offset < end:
-            offset += os.pwrite(file, bytes(end - offset), offset)
-    except OSError as error:
-        raise LedgerFull(f"no room on the file system of the ledger ({error.strerror})") from None
-
-
-def _is_text(labelvalues: tuple[str, ...]) -> bool:
-    """Whether UTF-8 can encode the label values: JSON can write lone surrogates down, and expositions cannot."""
-    try:
-        "".join(labelvalues).encode()
-    except (UnicodeEncodeError, TypeError):
-        return False
-    return True
-
-
-def _align(length: int) -> int:
-    return -(-length // 8) * 8

@@ -4,8 +4,9 @@ No socket blocks, so that no peer can delay another; only the selector waits. So
 gevent (where the selector yields to the hub) and in a command.
 
 It is not asyncio, for two reasons. Under gevent all greenlets share one OS thread: while an asyncio loop runs in it,
-every ORM call of the site raises SynchronousOnlyOperation. And workers fork: a forked child that closes an asyncio loop
-it inherited stops the parent's accepts, because it deregisters the parent's sockets from the epoll that both share.
+every ORM call of the site raises SynchronousOnlyOperation. And processes fork: a forked child that closes an asyncio
+loop that it inherited, with its server, deregisters the listener from the epoll that both share, which stops the
+parent's accepts.
 """
 
 from __future__ import annotations

@@ -40,6 +40,6 @@ def own_metrics() -> OwnMetrics:
         scrapes.labels("refused"),
         Counter(
             "promports_collector_failures_total",
-            "Times that a collector raised, and its metrics were missing from a scrape.",
+            "Times that a collector raised, or that labels or numbers could not be shown in a scrape.",
         ),
     )

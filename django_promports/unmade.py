@@ -14,7 +14,8 @@ from prometheus_client.samples import Sample
 
 from django_promports.children import Labels
 from django_promports.kinds import KINDS, Kind, find_counted
-from django_promports.ledger import STATE, Family
+from django_promports.layout import STATE
+from django_promports.ledger import Family
 
 
 class Unmade(NamedTuple):
@@ -101,6 +102,8 @@ def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[st
     for labelvalues, first in series.items():
         labels = dict(zip(family.labelnames, labelvalues, strict=True))
         created, *_ = cells = family.cells[first : first + STATE + family.width].tolist()
+        if family.series.get(labelvalues) != first:  # removed since, and its cells may belong to another series by now
+            continue
         numbers = kind.list_numbers(cells[STATE:], family.bounds)
         if kind.has_created and metrics._use_created:
             numbers.append(("_created", {}, created))

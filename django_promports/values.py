@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.values import MutexValue
 
-from django_promports.ledger import STATE
+from django_promports.layout import STATE
 
 Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an array where there is none
 # The cells of values that have none. Nobody reads them.

@@ -6,7 +6,7 @@ The package's only mutable state is here. Each hook runs in a certain kind of pr
 - _on_handler(): a process that builds one of Django's handlers: a server, or a master that forks servers.
 - _on_uwsgi_fork(): a worker, mule or spooler that uWSGI forked from a process that had loaded the site.
 - _on_request(): a process at its first request. From then on it is known to be a worker.
-- _await_child(): a supervisor that has claimed a port and spawns its workers.
+- _await_child(): a process that has a port and is not known to be a worker: it may be a supervisor that spawns them.
 - _before_fork(), _after_fork_in_parent(): a process that forks and is armed, which means that it has tried to claim.
 - _after_fork_in_child(): the child of such a process.
 - _at_exit(): every process that exits normally, before Python tears the interpreter down.

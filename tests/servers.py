@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from prometheus_client.parser import text_string_to_metric_families
 
 from django_promports.claim import SETTLED_SECONDS
-from django_promports.ledger import OPEN, SEAL_AT
+from django_promports.reading import is_sealed
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,9 +359,9 @@ def prometheus(
 
 
 def how_they_ended(folder: Path, ports: Iterable[int]) -> str:
-    """Return how the last holders of these ports ended, according to their ledgers: `sealed` or `at once`."""
-    seals = [(folder / f"{port}.ledger").read_bytes()[SEAL_AT : SEAL_AT + 4] for port in ports]
-    unsealed = seals.count(OPEN.to_bytes(4, sys.byteorder))
+    """Return how the last holders of these ports ended, as their ledgers tell: in an orderly way, or at once."""
+    seals = [is_sealed(folder / f"{port}.ledger") for port in ports]
+    unsealed = seals.count(False)
     assert unsealed in (0, len(seals)), f"{unsealed} of {len(seals)} ledgers are not sealed"
     return "at once" if unsealed else "sealed"
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from django_promports.ledger import Ledger, make_folder
+from django_promports.folders import make_folder
+from django_promports.ledger import Ledger
 from tests.servers import (
     ROOT,
     Prometheus,

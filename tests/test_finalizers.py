@@ -79,7 +79,7 @@ threads = [threading.Thread(target=scrape)]
 if what in ("threads", "all"):
     threads += [threading.Thread(target=count, args=[f"thread {number}"]) for number in range(4)]
 if what in ("finalizers", "threads", "all"):
-    gc.set_threshold(5, 2, 2)
+    gc.set_threshold(20, 5, 100)
 if what in ("signals", "all"):
 
     def handle(number, frame):

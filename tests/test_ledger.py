@@ -1,4 +1,4 @@
-"""The file of a port: the next process finds either exactly what was counted, or a new file."""
+"""The file behind a port: whoever opens it next finds what was counted, or a new one, and never something else."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from django_promports import ledger as ledger_module
-from django_promports.ledger import (
+from django_promports.folders import check_folder, find_filesystem, make_folder
+from django_promports.layout import (
+    BYTE_ORDER,
     CELLS_AT,
+    END_AT,
+    HEADER,
+    LAYOUT,
     MAGIC,
-    SCRAPED_AT,
     SEAL_AT,
+    SETTLED_AT,
+    SLOT,
     STATE,
-    Family,
-    Ledger,
-    LedgerFull,
-    check_folder,
-    find_filesystem,
-    make_folder,
+    VERSION,
+    WORD,
+    Layout,
+    hash_site,
 )
+from django_promports.ledger import Family, Ledger, LedgerFull
 from tests.commands import run_python
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these file systems")
@@ -42,15 +47,13 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fi
 
 HOUR = 3600.0
 # Sizes of a small ledger, to fill it and to damage every part of it.
-SMALL_CELLS = 512
-SMALL_INDEX_AT = CELLS_AT + 8 * SMALL_CELLS
-SMALL_SIZE = SMALL_INDEX_AT + 8192
+SMALL = Layout(size=CELLS_AT + 8 * 512 + 8192, cells=512)
 
 Counts = dict[tuple[str, tuple[str, ...]], list[float]]
 
 
 class Clock:
-    """Replaces the module `time` in ledger.py: no test can wait for a day."""
+    """Stands in for the module `time` in ledger.py: no machine lets a day pass within a test."""
 
     monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
 
@@ -67,13 +70,6 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "CELL_COUNT", SMALL_CELLS)
-    monkeypatch.setattr(ledger_module, "INDEX_AT", SMALL_INDEX_AT)
-    monkeypatch.setattr(ledger_module, "SIZE", SMALL_SIZE)
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(ledger_module, "time", clock)
@@ -81,9 +77,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, seal: bool = True, application: str = "site") -> Iterator[Ledger]:
-    """Hold a ledger. Without the seal it is left as a killed holder leaves it."""
-    ledger = Ledger(path, application)
+def opened(path: Path, *, seal: bool = True, application: str = "site", layout: Layout = LAYOUT) -> Iterator[Ledger]:
+    """Hold a ledger; without the seal it is left as a killed holder leaves it."""
+    ledger = Ledger(path, application, layout)
     try:
         yield ledger
     finally:
@@ -95,7 +91,7 @@ def add_counter(ledger: Ledger, name: str = "apples", labelnames: tuple[str, ...
 
 
 def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts: float) -> None:
-    """Add to the values of a series; create it if it does not exist."""
+    """Add to the values of a series, made where there is none."""
     first = family.series.get(labelvalues)
     if first is None:
         first = ledger.add_series(family, labelvalues, 1.5)
@@ -104,7 +100,7 @@ def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts
 
 
 def read(ledger: Ledger) -> Counts:
-    """Return the created time and the values of every series."""
+    """Return created time and values of every series."""
     return {
         (family.name, labelvalues): [
             ledger.cells[first],
@@ -116,7 +112,7 @@ def read(ledger: Ledger) -> Counts:
 
 
 def fill(ledger: Ledger) -> Counts:
-    """Count in families of every type, forget some series, and return what must be found later."""
+    """Count in families of every type, forget some, and return what must be found later."""
     apples = add_counter(ledger)
     for number in range(20):
         count(ledger, apples, (f"kind {number}",), number + 0.5)
@@ -389,32 +385,33 @@ def test_whoever_locked_a_file_that_was_just_renewed_opens_the_new_one(
         assert read(ledger) == {("apples", ("new",)): [1.5, 1.0]}
 
 
-def test_what_lies_behind_the_index_of_a_killed_holder_is_no_record(small: None, path: Path) -> None:
-    with opened(path, seal=False) as ledger:
+def test_what_lies_behind_the_index_of_a_killed_holder_is_no_record(path: Path) -> None:
+    with opened(path, layout=SMALL, seal=False) as ledger:
         fill(ledger)
-        end = ledger._index_end
     with path.open("r+b") as file:
-        file.seek(end + ledger_module.RECORD.size)
-        file.write(b"\xff" * (SMALL_SIZE - file.tell()))
+        file.seek(END_AT)
+        (end,) = struct.unpack("=Q", file.read(8))
+        file.seek(end + SLOT.size)
+        file.write(b"\xff" * (SMALL.size - file.tell()))
 
-    with opened(path, seal=False) as ledger:
+    with opened(path, layout=SMALL, seal=False) as ledger:
         count(ledger, ledger.families["apples"], ("new",))
         expected = read(ledger)
 
-    with opened(path) as ledger:
+    with opened(path, layout=SMALL) as ledger:
         assert read(ledger) == expected
 
 
 _positions = st.one_of(
-    st.integers(0, SMALL_SIZE - 1),
+    st.integers(0, SMALL.size - 1),
     st.integers(0, 64),
     st.integers(SEAL_AT, SEAL_AT + 16),
-    st.integers(SMALL_INDEX_AT, SMALL_INDEX_AT + 2500),
+    st.integers(SMALL.index_at, SMALL.index_at + 2500),
 )
-_lengths = st.one_of(st.integers(1, 64), st.integers(1, SMALL_SIZE))
+_lengths = st.one_of(st.integers(1, 64), st.integers(1, SMALL.size))
 _scrambles = st.tuples(st.just("scramble"), _positions, st.binary(min_size=1, max_size=64))
 _tears = st.tuples(st.just("tear"), _positions, _lengths)
-_truncations = st.tuples(st.just("truncate"), st.integers(1, SMALL_SIZE - 1), st.just(0))
+_truncations = st.tuples(st.just("truncate"), st.integers(1, SMALL.size - 1), st.just(0))
 _appendices = st.tuples(st.just("append"), st.just(0), st.binary(min_size=1, max_size=64))
 
 
@@ -432,7 +429,6 @@ _appendices = st.tuples(st.just("append"), st.just(0), st.binary(min_size=1, max
 def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
     sealed: bool,
     damages: list[tuple[str, int, bytes | int]],
-    small: None,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -440,7 +436,7 @@ def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
     for former in tmp_path.iterdir():
         former.unlink()
     caplog.clear()
-    with opened(path, seal=sealed) as ledger:
+    with opened(path, layout=SMALL, seal=sealed) as ledger:
         counted = fill(ledger)
     whole = content = path.read_bytes()
     for what, position, data in damages:
@@ -452,10 +448,10 @@ def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
             written = data if isinstance(data, bytes) else bytes(data)
             content = (content[:position] + written + content[position + len(written) :])[: len(content)]
     if not sealed and len(content) == len(whole):  # nothing tells whether the cells of a killed holder are right
-        content = content[:CELLS_AT] + whole[CELLS_AT:SMALL_INDEX_AT] + content[SMALL_INDEX_AT:]
+        content = content[:CELLS_AT] + whole[CELLS_AT : SMALL.index_at] + content[SMALL.index_at :]
     path.write_bytes(content)
 
-    with opened(path) as ledger:
+    with opened(path, layout=SMALL) as ledger:
         found = read(ledger)
         count(ledger, add_counter(ledger, "later"), ("x",))
         expected = read(ledger)
@@ -467,7 +463,7 @@ def test_a_damaged_file_gives_what_was_counted_or_is_set_aside(
     else:
         assert found == counted
         assert not warnings(caplog)
-    with opened(path) as ledger:
+    with opened(path, layout=SMALL) as ledger:
         assert read(ledger) == expected
 
 
@@ -485,21 +481,20 @@ def _write_other_site(path: Path) -> None:
         fill(ledger)
 
 
+def _write_header(path: Path, header: bytes) -> None:
+    with opened(path) as ledger:
+        fill(ledger)
+    with path.open("r+b") as file:
+        file.write(header + WORD.pack(zlib.crc32(header)))
+
+
 def _write_other_version(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "VERSION", ledger_module.VERSION + 1)
-        with opened(path) as ledger:
-            fill(ledger)
+    _write_header(path, HEADER.pack(MAGIC, VERSION + 1, BYTE_ORDER, LAYOUT.size, hash_site("site")))
 
 
 def _write_other_byte_order(path: Path) -> None:
-    with opened(path) as ledger:
-        fill(ledger)
     swapped = {"little": ">", "big": "<"}[sys.byteorder]
-    size = ledger_module.SIZE
-    header = struct.pack(f"{swapped}8sIIQ32s", MAGIC, ledger_module.VERSION, 0x01020304, size, bytes(32))
-    with path.open("r+b") as file:
-        file.write(header + ledger_module.WORD.pack(zlib.crc32(header)))
+    _write_header(path, struct.pack(f"{swapped}8sIIQ32s", MAGIC, VERSION, BYTE_ORDER, LAYOUT.size, bytes(32)))
 
 
 def _write_text(path: Path) -> None:
@@ -581,11 +576,11 @@ def test_what_is_no_file_is_refused(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["x", "x" * 300], ids=["cells", "index"])
-def test_a_full_ledger_says_so_and_keeps_what_it_has(label: str, small: None, path: Path) -> None:
-    with opened(path) as ledger:
+def test_a_full_ledger_says_so_and_keeps_what_it_has(label: str, path: Path) -> None:
+    with opened(path, layout=SMALL) as ledger:
         family = add_counter(ledger)
         with pytest.raises(LedgerFull, match=path.name):  # noqa: PT012
-            for number in range(SMALL_CELLS):
+            for number in range(SMALL.cells):
                 count(ledger, family, (f"{label}{number}",), number + 1)
         counted = read(ledger)
         with pytest.raises(LedgerFull):
@@ -594,7 +589,7 @@ def test_a_full_ledger_says_so_and_keeps_what_it_has(label: str, small: None, pa
         count(ledger, family, (f"{label}0",), 1)
 
     assert len(counted) > 20
-    with opened(path) as ledger:
+    with opened(path, layout=SMALL) as ledger:
         assert read(ledger) == counted | {("apples", (f"{label}0",)): [1.5, 2.0]}
 
 
@@ -708,7 +703,7 @@ def test_a_limit_on_file_sizes_is_an_error_and_no_signal(path: Path) -> None:
 
 
 def _skip_a_day(path: Path, clock: Clock, *, scrape: bool = True) -> None:
-    """Hold the ledger once without counting, a day later, so that the next claim knows which series are idle."""
+    """Hold the ledger once, without counting, so that the next claim knows what is idle; a day later."""
     clock.now += HOUR
     with opened(path) as ledger:
         clock.now += HOUR
@@ -934,5 +929,5 @@ def test_scraped_is_kept_where_the_format_says(path: Path, clock: Clock) -> None
         ledger.note_scrape()
 
     with path.open("rb") as file:
-        file.seek(SCRAPED_AT)
+        file.seek(SETTLED_AT)
         assert struct.unpack("=d", file.read(8)) == (clock.now,)

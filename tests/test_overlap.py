@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,4 +273,34 @@ def test_a_finalizer_may_want_a_lock_whose_holder_makes_a_series(tmp_path: Path)
     successor = Process(path)
     text, _ = successor.interrupt("", (), -1, list)
     assert {'jobs_total{k="GET"}': "1.0", "other_total": "1.0"}.items() <= read(text).items()
+    successor.binding.close()
+
+
+def test_a_fork_in_the_middle_of_making_a_series_leaves_both_processes_counting(tmp_path: Path) -> None:
+    children: list[int] = []
+
+    class Forking(Ledger):
+        """A finalizer forks where the first series is made."""
+
+        def add_series(self, *arguments: Any) -> int:
+            if not children:
+                children.append(os.fork())
+                if children == [0]:
+                    binding.begin_in_child(keep=False)
+            return super().add_series(*arguments)
+
+    registry = CollectorRegistry()
+    binding = Binding(registry)
+    binding.open(Forking(tmp_path / "1.ledger", "site"))
+    counter = make_counter(registry, "jobs")
+    counter.labels("GET").inc()
+    counter.labels("POST").inc()
+    if children == [0]:
+        found = {s.labels["k"]: s.value for m in registry.collect() for s in m.samples if s.name == "jobs_total"}
+        os._exit(0 if found == {"GET": 1.0, "POST": 1.0} else 1)
+    assert os.waitpid(children[0], 0)[1] == 0
+    binding.close()
+    successor = Process(tmp_path / "1.ledger")
+    text, _ = successor.interrupt("", (), -1, list)
+    assert {'jobs_total{k="GET"}': "1.0", 'jobs_total{k="POST"}': "1.0"}.items() <= read(text).items()
     successor.binding.close()

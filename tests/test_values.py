@@ -14,12 +14,15 @@ from typing import Any
 import prometheus_client.values
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
 from prometheus_client.values import MutexValue
 
-from django_promports import ledger as ledger_module
+from django_promports import storage
 from django_promports.binding import Binding
-from django_promports.ledger import STATE, Ledger
+from django_promports.layout import CELLS_AT, LAYOUT, STATE, Layout
+from django_promports.ledger import Ledger
 from tests.commands import run_python
 from tests.servers import parse, wait_until
 
@@ -30,13 +33,13 @@ Make = Callable[[CollectorRegistry], None]
 class Process:
     """The metrics of one process, bound to the ledger of a port."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, layout: Layout = LAYOUT) -> None:
+        self.path, self.layout = path, layout
         self.registry = CollectorRegistry(auto_describe=True)
         self.binding = Binding(self.registry)
 
     def open(self) -> None:
-        self.binding.open(Ledger(self.path, "site"))
+        self.binding.open(Ledger(self.path, "site", self.layout))
 
     def samples(self) -> Samples:
         return samples(self.binding)
@@ -47,8 +50,8 @@ def processes(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[
     """Start processes, one after the other, that each hold the ledger until they end."""
 
     @contextlib.contextmanager
-    def begin(*, before: Make | None = None) -> Iterator[Process]:
-        process = Process(tmp_path / "19100.ledger")
+    def begin(*, before: Make | None = None, layout: Layout = LAYOUT) -> Iterator[Process]:
+        process = Process(tmp_path / "19100.ledger", layout)
         if before is not None:
             before(process.registry)
         process.open()
@@ -694,17 +697,12 @@ def test_values_of_another_class_stay_in_memory(
         assert samples(process.binding, created=False) == {'jobs_total{kind="x",state="y"}': 1.0}
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ledgers small, so that they are soon full."""
-    monkeypatch.setattr(ledger_module, "INDEX_AT", ledger_module.CELLS_AT + 8 * ledger_module.CELL_COUNT)
-    monkeypatch.setattr(ledger_module, "SIZE", ledger_module.INDEX_AT + 4096)
+# Soon full.
+SMALL = Layout(size=CELLS_AT + 8 * LAYOUT.cells + 4096)
 
 
-def test_a_full_ledger_is_one_error_and_counting_goes_on(
-    small: None, processes: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
-    with processes() as process:
+def test_a_full_ledger_is_one_error_and_counting_goes_on(processes: Begin, caplog: pytest.LogCaptureFixture) -> None:
+    with processes(layout=SMALL) as process:
         metric = make_labelled_histogram(process.registry)
         for number in range(100):
             for _ in range(3):
@@ -717,23 +715,21 @@ def test_a_full_ledger_is_one_error_and_counting_goes_on(
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "counted in memory" in errors(caplog)[0]
 
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         kept = samples(process.binding, created=False)
     assert 10 * 18 < len(kept) < len(here)
     assert kept.items() <= here.items()
 
 
-def test_a_full_ledger_refuses_the_site_nothing(
-    small: None, processes: Begin, caplog: pytest.LogCaptureFixture
-) -> None:
-    with processes() as process:
+def test_a_full_ledger_refuses_the_site_nothing(processes: Begin, caplog: pytest.LogCaptureFixture) -> None:
+    with processes(layout=SMALL) as process:
         for make in (make_counter, make_summary, make_histogram):
             work(make(process.registry))
         metric = Counter("labelled", "Labelled.", ["x"], registry=process.registry)
         for number in range(300):
             metric.labels(f"{number} {'x' * (50 if number < 60 else 1)}").inc()
 
-    with processes() as process:
+    with processes(layout=SMALL) as process:
         metric = Counter("labelled", "Labelled.", ["x"], registry=process.registry)
         for number in range(300):
             metric.labels(f"{number}").inc()
@@ -776,7 +772,7 @@ def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
 def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> None:
     def scraped(process: Process) -> float:
         assert process.binding.ledger is not None
-        return float(ledger_module.NUMBER.unpack_from(process.binding.ledger._map_, ledger_module.SCRAPED_AT)[0])
+        return process.binding.ledger.settled_at
 
     with processes() as process:
         work(make_counter(process.registry))
@@ -958,3 +954,26 @@ def test_cells_hold_what_the_metric_says(processes: Begin) -> None:
             assert ledger.cells[first + STATE] == number
 
         wait_until(lambda: ledger.cells[first] == counter._created, "created is there", 1)
+
+
+def test_a_series_that_is_removed_during_a_scrape_shows_no_number_of_another(
+    processes: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "QUARANTINE_SECONDS", 0.0)  # as if the collector had taken that long
+    with processes() as process:
+        make_labelled_counter(process.registry).labels("old", "x").inc(5)
+    with processes() as process:
+
+        class Collecting(Collector):
+            def describe(self) -> list[Metric]:
+                return []
+
+            def collect(self) -> list[Metric]:
+                metric.remove("old", "x")
+                metric.labels("new", "x").inc(7)
+                return []
+
+        process.registry.register(Collecting())
+        metric = make_labelled_counter(process.registry)
+
+        assert samples(process.binding, created=False) == {'jobs_total{kind="new",state="x"}': 7.0}

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, metrics
@@ -20,6 +21,7 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from django_promports.binding import Binding
 from django_promports.kinds import KINDS, find_counted, find_kind
+from django_promports.layout import QUARANTINE_SECONDS
 from django_promports.ledger import Family, Ledger
 from django_promports.scrape.encoding import bound_versions, call
 from django_promports.scrape.pace import Slices, Turn
@@ -33,6 +35,9 @@ logger = logging.getLogger("django_promports")
 # Two Prometheus servers may ask for two formats. What a browser asked for once is not kept for long.
 MAX_FORMATS, MAX_IDLE_SCRAPES = 2, 8
 MANY_CHILDREN = 500
+# If the process was stopped while it read the numbers of a metric, the cells of removed series may belong to others by
+# then, and the numbers are read again. This is how often they are read at most.
+LISTINGS = 3
 # What makes a metric's samples. A class or an object that overrides one is not rendered from templates.
 METHODS = ("collect", "_samples", "_multi_samples", "_child_samples")
 
@@ -222,12 +227,18 @@ class Exposition:
         try:
             if len(vars(metric).get("_metrics", ())) > MANY_CHILDREN:  # to list them takes a while
                 yield from turn.rest()
-            children, series = list_series()
-            kept.count_in(made.family)
-            sources: list[tuple[Source, list[Any]]] = [(made, children)]
-            if unmade is not None:
-                sources.append((InLedger(unmade), series))
-            yield from kept.update(form, turn, sources, made.kind)
+            for _ in range(LISTINGS):
+                listed = monotonic()
+                children, series = list_series()
+                kept.count_in(made.family)
+                sources: list[tuple[Source, list[Any]]] = [(made, children)]
+                if unmade is not None:
+                    sources.append((InLedger(unmade), series))
+                yield from kept.update(form, turn, sources, made.kind)
+                if monotonic() - listed < QUARANTINE_SECONDS:
+                    break
+            else:
+                raise Unknown
         except Unknown:
             kept.sections = []
             raise

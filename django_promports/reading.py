@@ -1,0 +1,212 @@
+"""Read ledgers of other processes, while they count in them and whatever becomes of the file meanwhile.
+
+Nothing is mapped: a hole that a full file system cannot back, or a truncated file, would kill whoever maps it (SIGBUS).
+docs/ledger-format.md says what a reader has to do; this module follows it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from django_promports.layout import (
+    CELLS_AT,
+    END_AT,
+    HOLDER,
+    HOLDER_AT,
+    INDEX_AT_AT,
+    LAYOUT,
+    LONG,
+    NUMBER,
+    OPEN,
+    OPENED_AT,
+    QUARANTINE_SECONDS,
+    SEAL_AT,
+    SETTLED_AT,
+    STATE,
+    WORD,
+    FamilyRecord,
+    Labels,
+    LedgerDamaged,
+    Record,
+    SeriesRecord,
+    count_values,
+    read_header,
+    read_index,
+    sort_records,
+)
+from django_promports.version2 import read_old_families
+
+# Attempts to read a file that changes too fast, or a reader that is stopped too often.
+ATTEMPTS = 5
+
+Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
+
+
+class Holder(NamedTuple):
+    """A process: its pid, its start in clock ticks since the boot, and its pid namespace; each is 0 where unknown."""
+
+    pid: int
+    started: int
+    namespace: int
+
+
+class Reading(NamedTuple):
+    """What a ledger held at one moment.
+
+    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed:
+    whether it was closed. families: by name; of each series the created time and the values, by label values.
+    """
+
+    site: bytes
+    opened_at: float
+    settled_at: float
+    holder: Holder
+    is_sealed: bool
+    families: Families
+
+
+class Reader:
+    """Reads one ledger, again and again. It follows the path to the file that is there now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._known: tuple[bytes, dict[int, Record]] = b"", {}
+
+    def read(self) -> Reading | None:
+        """Return what the ledger holds; None if there is none, or one that was never begun.
+
+        Raises LedgerDamaged if it is another kind of file, TimeoutError if reading takes too long each time, and
+        OSError if it cannot be read.
+        """
+        for _ in range(ATTEMPTS):
+            file = self._open()
+            if file is None:
+                return None
+            began = time.monotonic()
+            reading = self._read(file)
+            if time.monotonic() - began < QUARANTINE_SECONDS:
+                return reading
+        raise TimeoutError(f"{self.path} was not read within {QUARANTINE_SECONDS:.0f} seconds")
+
+    def close(self) -> None:
+        """Close the file; the next read() opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def _open(self) -> int | None:
+        try:
+            status = os.stat(self.path)
+            if self._file is None or not os.path.samestat(status, os.fstat(self._file)):
+                self.close()
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            self.close()
+        return self._file
+
+    def _read(self, file: int) -> Reading | None:
+        status = os.fstat(file)
+        if not status.st_size:
+            return None
+        version, site = read_header(file, status.st_size)
+        head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
+        holder = Holder(*HOLDER.unpack_from(head, HOLDER_AT))
+        if version == 2:
+            families = self._read_version_2(file)
+        else:
+            families = self._read_families(
+                file, LONG.unpack_from(head, INDEX_AT_AT)[0], LONG.unpack_from(head, END_AT)[0]
+            )
+        return Reading(
+            site,
+            NUMBER.unpack_from(head, OPENED_AT)[0],
+            NUMBER.unpack_from(head, SETTLED_AT)[0],
+            holder if holder.pid and version != 2 else Holder(0, 0, 0),  # without a pid it is being written
+            WORD.unpack_from(head, SEAL_AT)[0] != OPEN,
+            families,
+        )
+
+    def _read_families(self, file: int, index_at: int, end: int) -> Families:
+        size = min(end, os.fstat(file).st_size) - index_at
+        if size <= 0 or index_at <= CELLS_AT:
+            return {}
+        before = self._read_records(file, size, index_at)
+        cells = _read_cells(file, before.values())
+        after = self._read_records(file, size, index_at)
+        if after is not before:  # what is in both was there all the time
+            before = {slot: record for slot, record in before.items() if after.get(slot) == record}
+        return _collect(before, cells)
+
+    def _read_records(self, file: int, size: int, index_at: int) -> dict[int, Record]:
+        index = os.pread(file, size, index_at)
+        if index != self._known[0]:
+            try:
+                self._known = index, read_index(index, index_at).records
+            except (ValueError, TypeError, LookupError) as error:
+                raise LedgerDamaged(f"the index of {self.path} is damaged ({error!r})") from None
+        return self._known[1]
+
+    def _read_version_2(self, file: int) -> Families:
+        for attempt in range(ATTEMPTS):
+            try:
+                content = read_old_families(file, LAYOUT)
+            except (ValueError, TypeError, LookupError) as error:
+                if attempt == ATTEMPTS - 1:
+                    raise LedgerDamaged(f"the index of {self.path} is damaged ({error!r})") from None
+                time.sleep(0.001)  # its holder may be writing
+            else:
+                return {
+                    record.name: (record, {labels: [cells[0], *cells[STATE:]] for labels, cells in series})
+                    for record, series in content
+                }
+        raise AssertionError
+
+
+def read_opening(path: Path) -> float | None:
+    """Return when a ledger was opened last, in seconds since the epoch; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            return float(NUMBER.unpack(os.pread(file.fileno(), NUMBER.size, OPENED_AT))[0])
+    except (OSError, struct.error):
+        return None
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether the last holder of a ledger closed it. Raises OSError."""
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), WORD.size, SEAL_AT) != WORD.pack(OPEN)
+
+
+def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
+    """Return the cells up to the last one that a record may need, as far as they are there."""
+    records = list(records)
+    widths = {
+        one.number: STATE + count_values(one.type, one.bounds) for one in records if isinstance(one, FamilyRecord)
+    }
+    end = max((one.first + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
+    cells = os.pread(file, 8 * end, CELLS_AT)
+    return memoryview(cells[: len(cells) // 8 * 8]).cast("d")
+
+
+def _collect(records: dict[int, Record], cells: memoryview[float]) -> Families:
+    families: Families = {}
+    by_number: dict[int, tuple[FamilyRecord, dict[Labels, list[float]]]] = {}
+    for _, record in sort_records(records.items()):
+        if isinstance(record, FamilyRecord):
+            former = families.get(record.name)
+            if former is None or former[0].number < record.number:
+                families[record.name] = by_number[record.number] = record, {}
+                if former is not None:
+                    del by_number[former[0].number]
+        elif record.family in by_number:
+            family, series = by_number[record.family]
+            begin, end = record.first + STATE, record.first + STATE + count_values(family.type, family.bounds)
+            if end <= len(cells):
+                series[record.labelvalues] = [cells[record.first], *cells[begin:end]]
+    return families

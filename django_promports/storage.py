@@ -1,0 +1,390 @@
+"""The storage of a ledger: one mapped file, with the families and series that it holds.
+
+docs/ledger-format.md is the specification. A kill between any two stores leaves a file that can be read: a record is in
+its slot before one store publishes it, and one store forgets it. So does an exception that a signal handler raises
+between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, when no reader can take
+what is counted there then for its numbers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from django_promports.kinds import KINDS
+from django_promports.layout import (
+    CELLS_AT,
+    CELLS_END_AT,
+    END_AT,
+    INDEX_AT_AT,
+    LONG,
+    NUMBER,
+    OPEN,
+    QUARANTINE_SECONDS,
+    SEAL_AT,
+    SLOT,
+    STATE,
+    WORD,
+    WRITING_AT,
+    FamilyRecord,
+    Index,
+    Labels,
+    Layout,
+    LedgerDamaged,
+    Record,
+    SeriesRecord,
+    check_seal,
+    count_values,
+    decode,
+    encode,
+    free_state,
+    read_index,
+    seal_content,
+    seal_payload,
+    sort_records,
+)
+from django_promports.space import Space
+
+# Space is reserved in pieces of this size before it is written: a mapped page that the full file system cannot back
+# would kill the process (SIGBUS).
+PIECE = 64 * 1024
+
+
+class LedgerFull(Exception):
+    """There is no room for another series, in the ledger or on the file system."""
+
+
+@dataclass(eq=False, slots=True)
+class Family:
+    """What the series of one metric have in common, and the first cell of each, by label values.
+
+    It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
+    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
+    values a series has.
+    """
+
+    number: int
+    name: str
+    type: str
+    help: str
+    unit: str
+    labelnames: Labels
+    bounds: Labels
+    mode: str
+    series: dict[Labels, int] = field(repr=False)
+    cells: memoryview[float] = field(repr=False)
+    slot: int = field(repr=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.width = count_values(self.type, self.bounds)
+
+    @property
+    def record(self) -> FamilyRecord:
+        """What the file says of it."""
+        return FamilyRecord(
+            self.number, self.name, self.type, self.help, self.unit, self.labelnames, self.bounds, self.mode
+        )
+
+    @property
+    def shape(self) -> tuple[str, Labels, Labels]:
+        """What has to stay the same for its numbers to mean the same."""
+        return self.type, self.labelnames, self.bounds
+
+    @property
+    def growing(self) -> slice:
+        """Which of its values only ever grow: all but the sum of observations, which may be negative."""
+        return KINDS[self.type].growing
+
+    def read(self, firsts: Iterable[int]) -> bytes:
+        """Return the values of the series that begin at these cells, as bytes of float64, one after the other."""
+        cells, end = self.cells, STATE + self.width
+        return b"".join([cells[first + STATE : first + end] for first in firsts])
+
+
+class Storage:
+    """An open file. Its holder ensures that one change ends before another begins.
+
+    families: by name. cells: a memoryview of float64, indexed by cell number.
+    """
+
+    cells: memoryview[float]
+
+    def __init__(self, path: Path, file: int, layout: Layout) -> None:
+        """Map a file that is there. It is closed with the storage."""
+        self.path, self.file, self.layout = path, file, layout
+        self.families: dict[str, Family] = {}
+        self._by_number: dict[int, Family] = {}
+        self._next_number = 0
+        self._slots: dict[int, int] = {}  # where the record of a series is, by its first cell
+        self._free, self._holes = Space(), Space(QUARANTINE_SECONDS)  # slots, and cells
+        self._cells_end = self._cells_reserved = 0
+        self._index_end = self._index_reserved = layout.index_at
+        self._map = mmap.mmap(file, layout.size)
+        self.cells = memoryview(self._map)[CELLS_AT : layout.index_at].cast("d")
+
+    @classmethod
+    def create(cls, path: Path, file: int, layout: Layout, site: bytes) -> Storage:
+        """Begin an empty file. Raises LedgerFull."""
+        _reserve(file, 0, CELLS_AT)
+        os.ftruncate(file, layout.size)
+        header = layout.pack_header(site).ljust(SEAL_AT, b"\0") + WORD.pack(OPEN)
+        os.pwrite(file, header.ljust(END_AT, b"\0") + LONG.pack(layout.index_at), 0)
+        return cls(path, file, layout)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether much of it is free."""
+        return self._free.count > len(self._slots) // 4
+
+    def load(self) -> None:
+        """Learn what the file holds. Raises LedgerDamaged."""
+        try:
+            if self.read_long(INDEX_AT_AT) != self.layout.index_at:
+                raise ValueError("where it begins")
+            self._learn(self._read_index())
+        except (ValueError, TypeError, LookupError) as error:
+            raise LedgerDamaged(f"its index is damaged ({error!r})") from None
+
+    def mark_open(self) -> None:
+        """Break the seal, before the first cell changes: the holder may be killed."""
+        WORD.pack_into(self._map, SEAL_AT, OPEN)
+
+    def close(self, *, seal: bool) -> None:
+        """Close the file. Sealed, the next holder can tell whether it rested unharmed."""
+        if seal:
+            self._retract()
+            WORD.pack_into(self._map, SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
+        self.unmap()
+        os.close(self.file)
+
+    def unmap(self) -> None:
+        """Let go of the file, but not of the lock on it."""
+        self.cells.release()
+        self._map.close()
+
+    def read_long(self, at: int) -> int:
+        return LONG.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
+
+    def write_long(self, at: int, value: int) -> None:
+        LONG.pack_into(self._map, at, value)
+
+    def read_number(self, at: int) -> float:
+        return NUMBER.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
+
+    def write_number(self, at: int, value: float) -> None:
+        NUMBER.pack_into(self._map, at, value)
+
+    def add_family(self, record: FamilyRecord) -> Family:
+        """Make a family; it gets a number of its own. Raises LedgerFull."""
+        self._publish(record._replace(number=self._next_number))
+        return self.families[record.name]
+
+    def add_series(self, family: Family, labelvalues: Labels, numbers: list[float]) -> int:
+        """Make a series with these cells; return the first. Raises LedgerFull and UnicodeEncodeError."""
+        first = self._take_cells(len(numbers))
+        self.cells[first : first + len(numbers)] = memoryview(array("d", numbers))
+        try:
+            self._publish(SeriesRecord(family.number, labelvalues, first))
+        except (LedgerFull, UnicodeEncodeError):  # before anything was written; else the next holder has the cells
+            self._holes.add(first, len(numbers))
+            raise
+        return first
+
+    def forget(self, family: Family, labelvalues: Labels | None = None) -> None:
+        """Remove a series, or a whole family with its series. Cells rest for a while before they are used again."""
+        if labelvalues is None:
+            if self.families.get(family.name) is family:
+                for one in list(family.series):
+                    self.forget(family, one)
+                del self.families[family.name], self._by_number[family.number]
+                self._free.add(family.slot, self._free_slot(family.slot))
+        elif (first := family.series.get(labelvalues)) is not None:
+            # In this order: whatever interrupts it, no record is left of a series that is not known here.
+            slot = self._slots[first]
+            size = self._free_slot(slot)
+            del family.series[labelvalues], self._slots[first]
+            self._free.add(slot, size)
+            self._holes.give_back(first, STATE + family.width)
+
+    def _read_index(self) -> Index:
+        """Read as much as there is. It may reach one record beyond the end that is written down."""
+        length = max(0, self.read_long(END_AT) - self.layout.index_at) + PIECE
+        while True:
+            part = os.pread(self.file, min(length, self.layout.size), self.layout.index_at)
+            index = read_index(part, self.layout.index_at)
+            is_cut = not index.is_whole or index.end + SLOT.size > self.layout.index_at + len(part)
+            if not is_cut or self.layout.index_at + len(part) >= self.layout.size:
+                return index
+            length = self.layout.size
+
+    def _learn(self, index: Index) -> None:
+        writing = self.read_long(WRITING_AT)
+        if not index.is_whole or index.unsure.keys() - {writing}:
+            raise ValueError(f"at byte {index.end}: {list(index.unsure)}")
+        if not self.layout.index_at <= self.read_long(END_AT) <= index.end:
+            raise LedgerDamaged("the end of its index is missing")
+        cells_end = self.read_long(CELLS_END_AT)
+        if cells_end > self.layout.cells:
+            raise ValueError("cells")
+        check_seal(self.file, self.layout, cells_end, index.end)
+        self._index_end = index.end
+        for slot, record in sort_records(index.records.items()):
+            if isinstance(record, SeriesRecord) and record.family not in self._by_number:
+                self._free.add(slot, self._free_slot(slot))  # of a family that was replaced
+            else:
+                self._apply(slot, record)
+        for slot, size in (index.free | index.unsure).items():
+            if slot in index.unsure:
+                self._blank(slot, size)
+            self._free.add(slot, size)
+        LONG.pack_into(self._map, WRITING_AT, 0)
+        position = 0
+        pieces = [
+            (first, first + STATE + family.width)
+            for family in self._by_number.values()
+            for first in family.series.values()
+        ]
+        for first, end in sorted(pieces):
+            if first < position:
+                raise ValueError("cells of two series")
+            if first > position:
+                self._holes.give_back(position, first - position)
+            position = end
+        if len(self._slots) != len(pieces) or position > self.layout.cells:
+            raise ValueError("cells")
+        self._cells_end = max(position, cells_end)
+        if position < self._cells_end:
+            self._holes.give_back(position, self._cells_end - position)
+
+    def _apply(self, slot: int, record: Record) -> None:
+        """Know a record that is in this slot, one that was just published or one that was found there."""
+        if isinstance(record, SeriesRecord):
+            number, labelvalues, first = record
+            self._slots[first] = slot
+            self._by_number[number].series[labelvalues] = first
+            return
+        former = self.families.get(record.name)
+        if former is not None and former.number > record.number:  # whoever replaced this one was interrupted
+            self._free.add(slot, self._free_slot(slot))
+            return
+        if former is not None:
+            del self._by_number[former.number]
+            self._free.add(former.slot, self._free_slot(former.slot))
+        family = Family(*record, {}, self.cells, slot)
+        self._next_number = max(self._next_number, record.number + 1)
+        self._by_number[record.number] = self.families[record.name] = family
+
+    def _knows(self, record: Record) -> bool:
+        family = self._by_number.get(record[0] if isinstance(record, SeriesRecord) else record.number)
+        if family is None or isinstance(record, FamilyRecord):
+            return family is not None
+        return family.series.get(record.labelvalues) == record.first
+
+    def _take_cells(self, count: int) -> int:
+        first = self._holes.take(count)
+        if first is None and (larger := self._holes.take_larger(count)) is not None:
+            first, size = larger
+            self._holes.add(first + count, size - count)
+        if first is not None:
+            _reserve(self.file, CELLS_AT + 8 * first, 8 * count)  # and zero
+            return first
+        first, end = self._cells_end, self._cells_end + count
+        if end > self.layout.cells:
+            raise LedgerFull(f"{self.path} is full")
+        if end > self._cells_reserved:
+            self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * count, CELLS_AT, self.layout.index_at) // 8
+        self._cells_end = end
+        LONG.pack_into(self._map, CELLS_END_AT, end)
+        return first
+
+    def _publish(self, record: Record) -> None:
+        """Write a record and know it from then on."""
+        payload = encode(record)
+        self._retract()
+        size = len(payload) + SLOT.size
+        slot, end = self._free.take(size), self._index_end
+        if slot is None and end + size + SLOT.size > self.layout.size:
+            larger = self._free.take_larger(size)
+            if larger is None:
+                raise LedgerFull(f"{self.path} is full")
+            slot, size = larger
+            payload = payload.ljust(size - SLOT.size)
+        if slot is None:
+            slot, end = end, end + size
+            if end + SLOT.size > self._index_reserved:
+                self._index_reserved = self.layout.index_at + self._reserve(
+                    slot, end + SLOT.size - slot, self.layout.index_at, self.layout.size
+                )
+        LONG.pack_into(self._map, WRITING_AT, slot)
+        if slot == self._index_end:
+            SLOT.pack_into(self._map, end, 0, 0)  # whatever lies behind it is not a record
+        else:
+            WORD.pack_into(self._map, slot + WORD.size, 0)
+        self._map[slot + SLOT.size : slot + size] = payload
+        WORD.pack_into(self._map, slot + WORD.size, seal_payload(payload))
+        if slot == self._index_end:
+            WORD.pack_into(self._map, slot, size)
+            LONG.pack_into(self._map, END_AT, end)
+            self._index_end = end
+        self._apply(slot, record)
+        LONG.pack_into(self._map, WRITING_AT, 0)
+
+    def _retract(self) -> None:
+        """Take back a record whose writing a signal handler interrupted, unless it is known."""
+        slot = self.read_long(WRITING_AT)
+        if not slot:
+            return
+        if slot == self._index_end:
+            LONG.pack_into(self._map, END_AT, slot)
+            WORD.pack_into(self._map, slot, 0)
+        else:
+            size, state = SLOT.unpack_from(self._map, slot)
+            payload = self._map[slot + SLOT.size : slot + size]
+            if state != seal_payload(payload) or not self._knows(decode(payload)):
+                self._blank(slot, size)
+                LONG.pack_into(self._map, WRITING_AT, 0)
+                self._free.add(slot, size)
+                return
+        LONG.pack_into(self._map, WRITING_AT, 0)
+
+    def _free_slot(self, slot: int) -> int:
+        """Forget the record in a slot; return its size."""
+        size: int = WORD.unpack_from(self._map, slot)[0]
+        state = free_state(seal_payload(self._map[slot + SLOT.size : slot + size]))
+        WORD.pack_into(self._map, slot + WORD.size, state)
+        return size
+
+    def _blank(self, slot: int, size: int) -> None:
+        """Make a free slot of one that may hold half a record."""
+        WORD.pack_into(self._map, slot + WORD.size, 0)
+        self._map[slot + SLOT.size : slot + size] = b" " * (size - SLOT.size)
+        self._free_slot(slot)
+
+    def _reserve(self, begin: int, length: int, base: int, limit: int) -> int:
+        """Reserve these bytes and the rest of their piece of the area from `base` to `limit`.
+
+        Nothing may be in use from `begin` to `limit`: what lies before in the piece was reserved when it was written.
+        Returns how far the reserved space reaches from `base`.
+        """
+        end = -(-(begin - base + length) // PIECE) * PIECE
+        _reserve(self.file, begin, min(base + end, limit) - begin)
+        return end
+
+
+def _reserve(file: int, offset: int, length: int) -> None:
+    """Write zeros to bytes of the file that nobody uses yet. Raises LedgerFull.
+
+    posix_fallocate(3) is not everywhere (macOS), is not supported by every file system, and reads and writes back bytes
+    in use where glibc emulates it, which would undo a count of another thread. Zeros reserve space on each of them.
+    """
+    end = offset + length
+    try:
+        while offset < end:
+            offset += os.pwrite(file, bytes(end - offset), offset)
+    except OSError as error:
+        raise LedgerFull(f"no room on the file system of the ledger ({error.strerror})") from None
