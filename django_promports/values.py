@@ -572,7 +572,7 @@ def add_samples(metric: Metric, family: Family, series: dict[Labels, int], names
     """
     try:
         samples = _list_samples(family, series, names)
-    except ValueError:  # the ledger was closed
+    except ValueError:  # the ledger was closed, or the family forgotten
         return
     if samples:
         metric.samples = [
@@ -590,6 +590,7 @@ def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[st
         created, *_ = cells = family.cells[first : first + STATE + family.width].tolist()
         if family.series.get(labelvalues) != first:  # removed since, and its cells may be another's by now
             continue
+        family.check()
         values = cells[STATE:]
         numbers: list[tuple[str, dict[str, str], float]]
         if family.type == "counter":
