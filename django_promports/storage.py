@@ -8,8 +8,10 @@ what is counted there then for its numbers.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -64,7 +66,8 @@ class Family:
 
     It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
     other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
-    values a series has.
+    values a series has. rests_until: when its cells may be used again after it was forgotten, in seconds of
+    time.monotonic().
     """
 
     number: int
@@ -78,6 +81,7 @@ class Family:
     series: dict[Labels, int] = field(repr=False)
     cells: memoryview[float] = field(repr=False)
     slot: int = field(repr=False)
+    rests_until: float = field(default=math.inf, init=False)
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,9 +105,19 @@ class Family:
         return KINDS[self.type].growing
 
     def read(self, firsts: Iterable[int]) -> bytes:
-        """Return the values of the series that begin at these cells, as bytes of float64, one after the other."""
+        """Return the values of the series that begin at these cells, as bytes of float64, one after the other.
+
+        Raises ValueError if the family was forgotten too long ago.
+        """
         cells, end = self.cells, STATE + self.width
-        return b"".join([cells[first + STATE : first + end] for first in firsts])
+        numbers = b"".join([cells[first + STATE : first + end] for first in firsts])
+        self.check()
+        return numbers
+
+    def check(self) -> None:
+        """Raise ValueError if what was just read from its cells may be another family's."""
+        if time.monotonic() >= self.rests_until:
+            raise ValueError(f"{self.name} was forgotten")
 
 
 class Storage:
@@ -196,18 +210,30 @@ class Storage:
         return first
 
     def forget(self, family: Family, labelvalues: Labels | None = None) -> None:
-        """Remove a series, or a whole family with its series. Cells rest for a while before they are used again."""
-        if labelvalues is None:
-            if self.families.get(family.name) is family:
-                for one in list(family.series):
-                    self.forget(family, one)
-                del self.families[family.name], self._by_number[family.number]
-                self._free.add(family.slot, self._free_slot(family.slot))
-        elif (first := family.series.get(labelvalues)) is not None:
-            # In this order: whatever interrupts it, no record is left of a series that is not known here.
-            slot = self._slots[first]
+        """Remove a series, or a whole family with its series. Cells rest for a while before they are used again.
+
+        A family that was forgotten can be read for as long.
+        """
+        if self._by_number.get(family.number) is not family:
+            return
+        if labelvalues is not None:
+            if (first := family.series.get(labelvalues)) is not None:
+                self._forget_series(family, first)
+                family.series.pop(labelvalues, None)
+            return
+        family.rests_until = time.monotonic() + QUARANTINE_SECONDS
+        self.families.pop(family.name, None)
+        for first in list(family.series.values()):
+            self._forget_series(family, first)
+        size = self._free_slot(family.slot)
+        del self._by_number[family.number]
+        self._free.add(family.slot, size)
+
+    def _forget_series(self, family: Family, first: int) -> None:
+        slot = self._slots.get(first)
+        if slot is not None:  # else an exception interrupted whoever forgot it before
             size = self._free_slot(slot)
-            del family.series[labelvalues], self._slots[first]
+            del self._slots[first]
             self._free.add(slot, size)
             self._holes.give_back(first, STATE + family.width)
 

@@ -61,7 +61,7 @@ def add_samples(metric: Metric, family: Family, series: dict[Labels, int], names
     """
     try:
         samples = _list_samples(family, series, names)
-    except ValueError:  # the ledger was closed
+    except ValueError:  # the ledger was closed, or the family forgotten
         return
     if samples:
         metric.samples = [
@@ -104,6 +104,7 @@ def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[st
         created, *_ = cells = family.cells[first : first + STATE + family.width].tolist()
         if family.series.get(labelvalues) != first:  # removed since, and its cells may belong to another series by now
             continue
+        family.check()
         numbers = kind.list_numbers(cells[STATE:], family.bounds)
         if kind.has_created and metrics._use_created:
             numbers.append(("_created", {}, created))
