@@ -133,7 +133,7 @@ def test_every_server_that_is_tested_has_its_row_and_every_cell_says_something()
 def test_each_module_is_in_the_table_of_contributing() -> None:
     table = (ROOT / "CONTRIBUTING.md").read_text().split("| module | concept |")[1].split("\n\n")[0]
     documented = {
-        name.rstrip("/") for row in table.splitlines() for name in re.findall(r"`([\w/]+)`", row.split("|")[1])
+        name.rstrip("/") for row in table.splitlines() if row for name in re.findall(r"`([\w/]+)`", row.split("|")[1])
     }
     modules = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/__init__.py")

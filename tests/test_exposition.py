@@ -47,6 +47,7 @@ from django_promports.probe import count_samples
 from django_promports.scrape import exposition
 from django_promports.scrape.exposition import Exposition
 from django_promports.values import CellValue
+from tests.examples import examples
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
 ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values", "unheard-of")
@@ -264,7 +265,7 @@ def sample_names(binding: Binding) -> list[str]:
     return sorted({sample.name for metric in binding.collect() for sample in metric.samples})
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, deadline=None, max_examples=examples(150), suppress_health_check=list(HealthCheck))
 @given(data=st.data(), specs=st.lists(METRICS, min_size=1, max_size=6), with_ledger=st.booleans())
 def test_output_equals_prometheus_clients(data: st.DataObject, specs: list[dict[str, Any]], with_ledger: bool) -> None:
     prometheus_metrics._use_created = True

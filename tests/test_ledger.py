@@ -41,6 +41,7 @@ from django_promports.layout import (
 )
 from django_promports.ledger import Family, Ledger, LedgerFull
 from tests.commands import run_python
+from tests.examples import examples
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these file systems")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away and mount")
@@ -416,7 +417,7 @@ _appendices = st.tuples(st.just("append"), st.just(0), st.binary(min_size=1, max
 
 
 @settings(
-    max_examples=400,
+    max_examples=examples(400),
     deadline=None,
     derandomize=True,
     database=None,
