@@ -172,6 +172,8 @@ class Storage:
         """Close the file. Sealed, the next holder can tell whether it rested unharmed."""
         if seal:
             self._retract()
+            self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have come between
+            self.write_long(END_AT, self._index_end)
             WORD.pack_into(self._map, SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
         self.unmap()
         os.close(self.file)

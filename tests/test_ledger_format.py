@@ -240,13 +240,28 @@ def test_a_kill_between_any_two_stores_leaves_a_file_that_is_continued(
     doer.ledger.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
-@given(steps=_steps, more=_steps, moment=st.integers(0, 60))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@given(steps=_steps, more=_steps, moment=st.integers(0, 45))
 def test_an_exception_between_any_two_stores_costs_only_what_was_interrupted(
     steps: list[tuple[str, int, int]], more: list[tuple[str, int, int]], moment: int, path: Path, clock: Clock
 ) -> None:
     """A signal handler may raise anywhere."""
+    first, *rest = [step for step in more if step[0] not in ("reopen", "kill")] or [("add", 0, 0)]
+    _interrupt(path, clock, steps, first, rest, moment)
 
+
+@pytest.mark.parametrize(
+    "step", [("add", 0, 0), ("add", 0, 2), ("add", 1, 0), ("forget", 0, 1), ("forget family", 0, 0)]
+)
+def test_an_exception_at_any_moment_leaves_a_ledger_that_goes_on(
+    step: tuple[str, int, int], path: Path, clock: Clock
+) -> None:
+    steps = [("add", 0, 1), ("add", 2, 1), ("add", 0, 0), ("forget", 0, 0), ("forget", 2, 1), ("wait", 0, 0)]
+    for moment in range(70):
+        _interrupt(path, clock, steps, step, [("add", 2, 2), ("count", 2, 2), ("add", 1, 1), ("add", 3, 1)], moment)
+
+
+def _interrupt(path: Path, clock: Clock, steps: Any, first: Any, rest: Any, moment: int) -> None:
     class Interrupted(Exception):
         pass
 
@@ -261,7 +276,6 @@ def test_an_exception_between_any_two_stores_costs_only_what_was_interrupted(
         if next(countdown, None) is None:
             raise Interrupted
 
-    first, *rest = [step for step in more if step[0] not in ("reopen", "kill")] or [("add", 0, 0)]
     name = SHAPES[first[1]][0]
     with contextlib.suppress(Interrupted):
         _trace(lambda: doer.do(*first), interrupt)
