@@ -134,7 +134,8 @@ class Storage:
         self.families: dict[str, Family] = {}
         self._by_number: dict[int, Family] = {}
         self._next_number = 0
-        self._slots: dict[int, int] = {}  # where the record of a series is, by its first cell
+        # Where the record of a series is, by its first cell; 0 for other cells. A dict would take twice the memory.
+        self._slots = array("I")
         self._free, self._holes = Space(), Space(QUARANTINE_SECONDS)  # slots, and cells
         self._cells_end = self._cells_reserved = 0
         self._index_end = self._index_reserved = layout.index_at
@@ -153,7 +154,7 @@ class Storage:
     @property
     def is_sparse(self) -> bool:
         """Whether much of it is free."""
-        return self._free.count > len(self._slots) // 4
+        return self._free.count > self._count_slots() // 4
 
     def load(self) -> None:
         """Learn what the file holds. Raises LedgerDamaged."""
@@ -231,11 +232,13 @@ class Storage:
         del self._by_number[family.number]
         self._free.add(family.slot, size)
 
+    def _count_slots(self) -> int:
+        return len(self._slots) - self._slots.count(0)
+
     def _forget_series(self, family: Family, first: int) -> None:
-        slot = self._slots.get(first)
-        if slot is not None:  # else an exception interrupted whoever forgot it before
+        if slot := self._slots[first]:  # else an exception interrupted whoever forgot it before
             size = self._free_slot(slot)
-            del self._slots[first]
+            self._slots[first] = 0
             self._free.add(slot, size)
             self._holes.give_back(first, STATE + family.width)
 
@@ -283,7 +286,7 @@ class Storage:
             if first > position:
                 self._holes.give_back(position, first - position)
             position = end
-        if len(self._slots) != len(pieces) or position > self.layout.cells:
+        if self._count_slots() != len(pieces) or position > self.layout.cells:
             raise ValueError("cells")
         self._cells_end = max(position, cells_end)
         if position < self._cells_end:
@@ -293,6 +296,10 @@ class Storage:
         """Know a record that is in this slot, one that was just published or one that was found there."""
         if isinstance(record, SeriesRecord):
             number, labelvalues, first = record
+            if not 0 <= first < self.layout.cells:
+                raise ValueError("cells")
+            if first >= len(self._slots):
+                self._slots.frombytes(bytes(self._slots.itemsize * (first + 1 - len(self._slots))))
             self._slots[first] = slot
             self._by_number[number].series[labelvalues] = first
             return
