@@ -140,6 +140,8 @@ class Storage:
         self._cells_end = self._cells_reserved = 0
         self._index_end = self._index_reserved = layout.index_at
         self._map = mmap.mmap(file, layout.size)
+        # One store each. struct.pack_into() clears the bytes first, and a kill in between would leave zeros.
+        self._words, self._longs = memoryview(self._map).cast("I"), memoryview(self._map).cast("Q")
         self.cells = memoryview(self._map)[CELLS_AT : layout.index_at].cast("d")
 
     @classmethod
@@ -167,7 +169,7 @@ class Storage:
 
     def mark_open(self) -> None:
         """Break the seal, before the first cell changes: the holder may be killed."""
-        WORD.pack_into(self._map, SEAL_AT, OPEN)
+        self._write_word(SEAL_AT, OPEN)
 
     def close(self, *, seal: bool) -> None:
         """Close the file. Sealed, the next holder can tell whether it rested unharmed."""
@@ -175,20 +177,24 @@ class Storage:
             self._retract()
             self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have come between
             self.write_long(END_AT, self._index_end)
-            WORD.pack_into(self._map, SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
+            self._write_word(SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
         self.unmap()
         os.close(self.file)
 
     def unmap(self) -> None:
         """Let go of the file, but not of the lock on it."""
-        self.cells.release()
+        for view in (self.cells, self._words, self._longs):
+            view.release()
         self._map.close()
 
     def read_long(self, at: int) -> int:
         return LONG.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
 
     def write_long(self, at: int, value: int) -> None:
-        LONG.pack_into(self._map, at, value)
+        self._longs[at // 8] = value
+
+    def _write_word(self, at: int, value: int) -> None:
+        self._words[at // 4] = value
 
     def read_number(self, at: int) -> float:
         return NUMBER.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
@@ -273,7 +279,7 @@ class Storage:
             if slot in index.unsure:
                 self._blank(slot, size)
             self._free.add(slot, size)
-        LONG.pack_into(self._map, WRITING_AT, 0)
+        self.write_long(WRITING_AT, 0)
         position = 0
         pieces = [
             (first, first + STATE + family.width)
@@ -334,7 +340,7 @@ class Storage:
         if end > self._cells_reserved:
             self._cells_reserved = self._reserve(CELLS_AT + 8 * first, 8 * count, CELLS_AT, self.layout.index_at) // 8
         self._cells_end = end
-        LONG.pack_into(self._map, CELLS_END_AT, end)
+        self.write_long(CELLS_END_AT, end)
         return first
 
     def _publish(self, record: Record) -> None:
@@ -355,19 +361,19 @@ class Storage:
                 self._index_reserved = self.layout.index_at + self._reserve(
                     slot, end + SLOT.size - slot, self.layout.index_at, self.layout.size
                 )
-        LONG.pack_into(self._map, WRITING_AT, slot)
+        self.write_long(WRITING_AT, slot)
         if slot == self._index_end:
             SLOT.pack_into(self._map, end, 0, 0)  # whatever lies behind it is not a record
         else:
-            WORD.pack_into(self._map, slot + WORD.size, 0)
+            self._write_word(slot + WORD.size, 0)
         self._map[slot + SLOT.size : slot + size] = payload
-        WORD.pack_into(self._map, slot + WORD.size, seal_payload(payload))
+        self._write_word(slot + WORD.size, seal_payload(payload))
         if slot == self._index_end:
-            WORD.pack_into(self._map, slot, size)
-            LONG.pack_into(self._map, END_AT, end)
+            self._write_word(slot, size)
+            self.write_long(END_AT, end)
             self._index_end = end
         self._apply(slot, record)
-        LONG.pack_into(self._map, WRITING_AT, 0)
+        self.write_long(WRITING_AT, 0)
 
     def _retract(self) -> None:
         """Take back a record whose writing a signal handler interrupted, unless it is known."""
@@ -375,28 +381,28 @@ class Storage:
         if not slot:
             return
         if slot == self._index_end:
-            LONG.pack_into(self._map, END_AT, slot)
-            WORD.pack_into(self._map, slot, 0)
+            self.write_long(END_AT, slot)
+            self._write_word(slot, 0)
         else:
             size, state = SLOT.unpack_from(self._map, slot)
             payload = self._map[slot + SLOT.size : slot + size]
             if state != seal_payload(payload) or not self._knows(decode(payload)):
                 self._blank(slot, size)
-                LONG.pack_into(self._map, WRITING_AT, 0)
+                self.write_long(WRITING_AT, 0)
                 self._free.add(slot, size)
                 return
-        LONG.pack_into(self._map, WRITING_AT, 0)
+        self.write_long(WRITING_AT, 0)
 
     def _free_slot(self, slot: int) -> int:
         """Forget the record in a slot; return its size."""
         size: int = WORD.unpack_from(self._map, slot)[0]
         state = free_state(seal_payload(self._map[slot + SLOT.size : slot + size]))
-        WORD.pack_into(self._map, slot + WORD.size, state)
+        self._write_word(slot + WORD.size, state)
         return size
 
     def _blank(self, slot: int, size: int) -> None:
         """Make a free slot of one that may hold half a record."""
-        WORD.pack_into(self._map, slot + WORD.size, 0)
+        self._write_word(slot + WORD.size, 0)
         self._map[slot + SLOT.size : slot + size] = b" " * (size - SLOT.size)
         self._free_slot(slot)
 

@@ -21,7 +21,7 @@ from prometheus_client.samples import Sample
 
 from django_promports import storage
 from django_promports.binding import Binding
-from django_promports.layout import END_AT, LONG, STATE
+from django_promports.layout import END_AT, STATE
 from django_promports.ledger import Ledger
 from django_promports.scrape.exposition import Exposition
 from tests.commands import run_python
@@ -509,22 +509,19 @@ def test_a_record_that_was_interrupted_is_no_record(more: int, path: Path, monke
     class Interrupted(Exception):
         pass
 
-    class Failing:
-        size = LONG.size
-        unpack_from = staticmethod(LONG.unpack_from)
+    write = storage.Storage.write_long
 
-        @staticmethod
-        def pack_into(buffer: Any, at: int, number: int) -> None:
-            if at == END_AT:
-                raise Interrupted
-            LONG.pack_into(buffer, at, number)
+    def fail(one: storage.Storage, at: int, number: int) -> None:
+        if at == END_AT:
+            raise Interrupted
+        write(one, at, number)
 
     ledger = Ledger(path, "site")
     family = ledger.add_family("c", "counter", "C.", "", ("x",), ())
     first = ledger.add_series(family, ("a",), 1.0)
     ledger.cells[first + STATE] = 5.0
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "LONG", Failing)
+        patch.setattr(storage.Storage, "write_long", fail)
         with pytest.raises(Interrupted):
             ledger.add_series(family, ("b",), 1.0)
     for labels in [("c",), ("b",)][:more]:
