@@ -411,6 +411,7 @@ def test_another_program_on_a_port_is_shown_as_one_whatever_it_says(free_ports: 
         gunicorn(tmp_path, free_ports, workers=1) as site,
     ):
         site.child.wait_until(lambda: describe(ports[0]), "it is live")
+        site.child.wait_until(lambda: site.request() == 200, "it has loaded the site")
         page = get(f"http://127.0.0.1:{ports[0]}/", Host='web1"><script>:80')
 
     elements = Elements(page)
