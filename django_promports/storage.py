@@ -101,7 +101,7 @@ class Family:
 
     @property
     def growing(self) -> slice:
-        """Which of its values only ever grow: all but the sum of observations, which may be negative."""
+        """Which of its values never fall; kinds says it for each type."""
         return KINDS[self.type].growing
 
     def read(self, firsts: Iterable[int]) -> bytes:
