@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -66,13 +66,17 @@ class Binding:
         """Count in this ledger from now on. What this process has counted so far is added to it."""
 
         def begin() -> None:
-            self._unmade = {name: Unmade(family, family.series.copy()) for name, family in ledger.families.items()}
+            self.show(ledger.families)
             self.ledger, self._warned = ledger, set()
 
         self._install()
         self.acts.do(begin, LONG_PATIENCE_SECONDS)
         for collector in list(self.registry._collector_to_names):
             self._adopt(collector)
+
+    def show(self, families: Mapping[str, Family]) -> None:
+        """Expose the series of these families as unmade."""
+        self._unmade = {name: Unmade(family, family.series.copy()) for name, family in families.items()}
 
     def close(self, *, undo: bool = False) -> None:
         """Close the ledger, which keeps its counts. This process continues in memory, from zero.
@@ -91,12 +95,12 @@ class Binding:
 
         self.acts.do(end, LONG_PATIENCE_SECONDS)
 
-    def note_scrape(self, ledger: Ledger | None) -> None:
-        """Note that all of this ledger was scraped just now, if it is still the open one."""
+    def note_scrape(self, began: float) -> None:
+        """Note that a complete scrape showed the counts of this time (time.time())."""
 
         def note() -> None:
-            if ledger is not None and ledger is self.ledger:
-                ledger.note_scrape()
+            if self.ledger is not None:
+                self.ledger.note_scrape(began)
 
         self.acts.do(note)
 
@@ -143,9 +147,7 @@ class Binding:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the registry, and the unmade series of the ledger."""
-        ledger = self.ledger
         yield from merge(self.registry, self.list_unmade(), self.registry.collect, None)
-        self.note_scrape(ledger)
 
     def restricted_registry(self, names: Iterable[str]) -> Restricted:
         """Return a registry that collects the samples of these names only."""

@@ -26,9 +26,9 @@ LONG = struct.Struct("Q")
 NUMBER = struct.Struct("d")
 SLOT = struct.Struct("II")  # size of the whole slot, state; the payload follows
 
-INDEX_AT_AT = 64
+SITE_AT, INDEX_AT_AT = 24, 64
 SEAL_AT, END_AT, CELLS_END_AT, WRITING_AT = 1024, 1032, 1040, 1048
-SETTLED_AT, OPENED_AT = 2048, 2056
+SCRAPED_AT, OPENED_AT, SETTLED_AT = 2048, 2056, 2088
 HOLDER = struct.Struct("=QQQ")  # pid, start in clock ticks since the boot, inode of the pid namespace
 HOLDER_AT = 2064
 CELLS_AT = 4096

@@ -21,6 +21,7 @@ from django_promports.layout import (
     LAYOUT,
     LONG,
     OPENED_AT,
+    SCRAPED_AT,
     SETTLED_AT,
     STATE,
     Content,
@@ -31,6 +32,7 @@ from django_promports.layout import (
     hash_site,
     read_header,
 )
+from django_promports.processes import identify
 from django_promports.storage import Family, LedgerFull, Storage
 from django_promports.unix import lock_file
 from django_promports.version2 import read_old_file
@@ -54,7 +56,7 @@ class Copy(NamedTuple):
     """What a new file has from the start."""
 
     content: Content
-    settled_at: float = 0.0
+    scraped_at: float = 0.0
     opened_at: float = 0.0
 
 
@@ -65,15 +67,20 @@ class Ledger:
     values begin STATE cells after its first one. is_new: whether there was no such file before.
     """
 
-    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
+    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT, file: int | None = None) -> None:
         """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
-        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
+        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced. file: open
+        and locked already, perhaps.
         """
         self.path = path
         self._site, self._layout = hash_site(application), layout
-        file = _open_locked(path)
+        if file is not None and not _is_at(path, file):
+            os.close(file)
+            file = None
+        if file is None:
+            file = open_locked(path)
         try:
             self.is_new = os.fstat(file).st_size == 0
             self._storage = self._load(file)
@@ -92,9 +99,9 @@ class Ledger:
         self.families, self.cells = self._storage.families, self._storage.cells
 
     @property
-    def settled_at(self) -> float:
-        """When all of it was scraped last, in seconds since the epoch; 0 if it never was."""
-        return self._storage.read_number(SETTLED_AT)
+    def scraped_at(self) -> float:
+        """Counts that are older were scraped completely; in seconds since the epoch, 0 if it never was."""
+        return self._storage.read_number(SCRAPED_AT)
 
     def add_family(
         self, name: str, type_: str, help_: str, unit: str, labelnames: Labels, bounds: Labels, mode: str = ""
@@ -124,9 +131,10 @@ class Ledger:
         """Remove a series, or a whole family with its series. Cells rest for a while before they are used again."""
         self._storage.forget(family, labelvalues)
 
-    def note_scrape(self) -> None:
-        """Note that all of it was scraped just now."""
-        self._storage.write_number(SETTLED_AT, time.time())
+    def note_scrape(self, began: float) -> None:
+        """Note that a complete scrape showed the counts of this time (time.time()), unless it was opened later."""
+        if began >= self._storage.read_number(OPENED_AT):
+            self._storage.write_number(SCRAPED_AT, max(began, self.scraped_at))
 
     def close(self, *, seal: bool = True, remove: bool = False) -> None:
         """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
@@ -147,8 +155,7 @@ class Ledger:
             if site != self._site:
                 raise LedgerDamaged("it belongs to another site")
             if version == 2:
-                content, settled_at, opened_at = read_old_file(file, self._layout)
-                return self._renew(Copy(content, settled_at, opened_at))
+                return self._renew(Copy(*read_old_file(file, self._layout)))
             storage = Storage(self.path, file, self._layout)
             try:
                 storage.load()
@@ -170,7 +177,7 @@ class Ledger:
 
         Numbers that are not finite are zero from here on, and what gauges said went with their process.
         """
-        now, scraped, storage = time.time(), self.settled_at, self._storage
+        now, scraped, storage = time.time(), self.scraped_at, self._storage
         cells, senseless = storage.cells, []
         for family in list(storage.families.values()):
             if family.type == "gauge":
@@ -218,14 +225,14 @@ class Ledger:
         """Put a new file with this content in the place of the old one, which stays as it is until then."""
         temporary = self.path.with_name(f".{self.path.name}.new")
         temporary.unlink(missing_ok=True)
-        file = _open_locked(temporary)
+        file = open_locked(temporary)
         try:
             storage = Storage.create(self.path, file, self._layout, self._site)
             for record, many in copy.content:
                 family = storage.add_family(record)
                 for labelvalues, numbers in many:
                     storage.add_series(family, labelvalues, numbers)
-            storage.write_number(SETTLED_AT, copy.settled_at)
+            storage.write_number(SCRAPED_AT, copy.scraped_at)
             storage.write_number(OPENED_AT, copy.opened_at)
             os.replace(temporary, self.path)
         except BaseException:
@@ -235,42 +242,43 @@ class Ledger:
         return storage
 
     def _note_holder(self) -> None:
-        storage = self._storage
+        storage, holder = self._storage, identify()
         storage.write_long(HOLDER_AT, 0)  # until the rest is there
-        for number, value in enumerate(_identify_process(), 1):
+        for number, value in enumerate(holder[1:], 1):
             storage.write_long(HOLDER_AT + number * LONG.size, value)
-        storage.write_long(HOLDER_AT, os.getpid())
-        storage.write_number(OPENED_AT, time.time())
+        storage.write_long(HOLDER_AT, holder.pid)
+        # Whatever the clock did meanwhile: what is counted from now on has not been settled.
+        settled_at = storage.read_number(SETTLED_AT)
+        storage.write_number(OPENED_AT, max(time.time(), math.nextafter(settled_at, math.inf)))
 
 
-def _identify_process() -> tuple[int, int]:
-    """Return when this process started, in clock ticks since the boot, and its pid namespace; 0 where unknown."""
-    try:
-        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()  # man 5 proc: the 22nd
-        return int(fields[19]), os.stat("/proc/self/ns/pid").st_ino
-    except (OSError, ValueError, LookupError):
-        return 0, 0
-
-
-def _open_locked(path: Path) -> int:
-    deadline = time.monotonic() + LOCK_SECONDS
+def open_locked(path: Path, *, seconds: float = LOCK_SECONDS, create: bool = True) -> int:
+    """Open a ledger of this user and lock it. Raises LedgerLocked after so many seconds, and OSError."""
+    deadline = time.monotonic() + seconds
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        file = os.open(path, flags, 0o600)
         try:
             status = os.fstat(file)
             if status.st_uid != os.geteuid() or not stat.S_ISREG(status.st_mode):
                 raise PermissionError(f"{path} is not a file of this user")
             lock_file(file)
-            if os.path.samestat(os.stat(path), status):  # else the former holder has just renewed it
+            if _is_at(path, file):  # else the former holder has just renewed it
                 return file
             os.close(file)
         except BlockingIOError:
             os.close(file)
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise LedgerLocked(f"Another process has {path} open") from None
             time.sleep(0.01)
-        except FileNotFoundError:
-            os.close(file)
         except BaseException:
             os.close(file)
             raise
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False

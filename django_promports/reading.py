@@ -6,6 +6,7 @@ docs/ledger-format.md says what a reader has to do; this module follows it.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from django_promports.layout import (
     CELLS_AT,
+    CELLS_END_AT,
     END_AT,
     HOLDER,
     HOLDER_AT,
@@ -25,8 +27,10 @@ from django_promports.layout import (
     OPEN,
     OPENED_AT,
     QUARANTINE_SECONDS,
+    SCRAPED_AT,
     SEAL_AT,
     SETTLED_AT,
+    SITE_AT,
     STATE,
     WORD,
     FamilyRecord,
@@ -34,11 +38,13 @@ from django_promports.layout import (
     LedgerDamaged,
     Record,
     SeriesRecord,
+    check_seal,
     count_values,
     read_header,
     read_index,
     sort_records,
 )
+from django_promports.processes import Identity, may_run
 from django_promports.version2 import read_old_families
 
 # Attempts to read a file that changes too fast, or a reader that is stopped too often.
@@ -47,26 +53,35 @@ ATTEMPTS = 5
 Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
 
 
-class Holder(NamedTuple):
-    """A process: its pid, its start in clock ticks since the boot, and its pid namespace; each is 0 where unknown."""
+class Status(NamedTuple):
+    """What a ledger tells of its holder and its scrapes.
 
-    pid: int
-    started: int
-    namespace: int
-
-
-class Reading(NamedTuple):
-    """What a ledger held at one moment.
-
-    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed:
-    whether it was closed. families: by name; of each series the created time and the values, by label values.
+    site: see hash_site(). opened_at, scraped_at, settled_at: seconds since the epoch, or 0. holder: the last one.
+    is_sealed: whether that one closed it.
     """
 
     site: bytes
     opened_at: float
+    scraped_at: float
     settled_at: float
-    holder: Holder
+    holder: Identity
     is_sealed: bool
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether it may have counts that were never scraped."""
+        return self.opened_at > self.settled_at
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its holder may still have it."""
+        return not self.is_sealed and may_run(self.holder)
+
+
+class Reading(NamedTuple):
+    """What a ledger held at one moment. families: by name; of each series created time and values, by label values."""
+
+    status: Status
     families: Families
 
 
@@ -114,23 +129,15 @@ class Reader:
         status = os.fstat(file)
         if not status.st_size:
             return None
-        version, site = read_header(file, status.st_size)
+        version, _ = read_header(file, status.st_size)
         head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
-        holder = Holder(*HOLDER.unpack_from(head, HOLDER_AT))
         if version == 2:
             families = self._read_version_2(file)
         else:
             families = self._read_families(
                 file, LONG.unpack_from(head, INDEX_AT_AT)[0], LONG.unpack_from(head, END_AT)[0]
             )
-        return Reading(
-            site,
-            NUMBER.unpack_from(head, OPENED_AT)[0],
-            NUMBER.unpack_from(head, SETTLED_AT)[0],
-            holder if holder.pid and version != 2 else Holder(0, 0, 0),  # without a pid it is being written
-            WORD.unpack_from(head, SEAL_AT)[0] != OPEN,
-            families,
-        )
+        return Reading(_read_status(head), families)
 
     def _read_families(self, file: int, index_at: int, end: int) -> Families:
         size = min(end, os.fstat(file).st_size) - index_at
@@ -168,13 +175,45 @@ class Reader:
         raise AssertionError
 
 
-def read_opening(path: Path) -> float | None:
-    """Return when a ledger was opened last, in seconds since the epoch; None if there is none."""
+def read_status(path: Path) -> Status | None:
+    """Return what a ledger tells of its holder and its scrapes; None if there is no ledger."""
     try:
-        with path.open("rb") as file:
-            return float(NUMBER.unpack(os.pread(file.fileno(), NUMBER.size, OPENED_AT))[0])
-    except (OSError, struct.error):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            read_header(file, os.fstat(file).st_size)
+            return _read_status(os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0"))
+        finally:
+            os.close(file)
+    except (OSError, LedgerDamaged, struct.error):
         return None
+
+
+def read_locked(path: Path, file: int) -> Reading:
+    """Return what a ledger holds that this process has locked. Raises OSError, and LedgerDamaged as its holder would.
+
+    file: open at this path. It stays open.
+    """
+    version, _ = read_header(file, LAYOUT.size)
+    reader = Reader(path)
+    try:
+        reading = reader.read()
+    finally:
+        reader.close()
+    if reading is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if version != 2:
+        cells_end, end = (LONG.unpack(os.pread(file, LONG.size, at))[0] for at in (CELLS_END_AT, END_AT))
+        check_seal(file, LAYOUT, cells_end, end)
+    return reading
+
+
+def _read_status(head: bytes) -> Status:
+    (site,) = struct.unpack_from("32s", head, SITE_AT)
+    opened_at, scraped_at, settled_at = (NUMBER.unpack_from(head, at)[0] for at in (OPENED_AT, SCRAPED_AT, SETTLED_AT))
+    holder = Identity(*HOLDER.unpack_from(head, HOLDER_AT))
+    if not holder.pid:  # it is being written, or by version 0.1
+        holder = Identity(0, 0, 0)
+    return Status(site, opened_at, scraped_at, settled_at, holder, WORD.unpack_from(head, SEAL_AT)[0] != OPEN)
 
 
 def is_sealed(path: Path) -> bool:

@@ -200,7 +200,7 @@ class Storage:
         return NUMBER.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
 
     def write_number(self, at: int, value: float) -> None:
-        NUMBER.pack_into(self._map, at, value)
+        self.write_long(at, LONG.unpack(NUMBER.pack(value))[0])
 
     def add_family(self, record: FamilyRecord) -> Family:
         """Make a family; it gets a number of its own. Raises LedgerFull."""

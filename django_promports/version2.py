@@ -18,7 +18,7 @@ from django_promports.layout import (
     END_AT,
     LONG,
     NUMBER,
-    SETTLED_AT,
+    SCRAPED_AT,
     SLOT,
     STATE,
     Content,
@@ -61,7 +61,7 @@ def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
     if old.end < written:
         raise LedgerDamaged("the end of its index is missing")
     check_seal(file, layout, old.cells_end, old.end)
-    times = os.pread(file, 2 * NUMBER.size, SETTLED_AT)
+    times = os.pread(file, 2 * NUMBER.size, SCRAPED_AT)
     return _collect(file, old), *struct.unpack("=dd", times)
 
 

@@ -38,14 +38,18 @@ from django_promports import ports, presence
 from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
-from django_promports.claim import Holder, Terms
+from django_promports.claim import Holder
 from django_promports.conf import conf
 from django_promports.discovery import find_targets, survey
 from django_promports.endpoint import Endpoint
+from django_promports.heir import Heir
 from django_promports.loop import READ, Steps
 from django_promports.own import own_metrics
 from django_promports.probe import APPLICATION
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
+from django_promports.scrapes import Scrapes
+from django_promports.terms import Terms
 
 logger = logging.getLogger("django_promports")
 
@@ -180,7 +184,7 @@ def _claim(*, at_once: bool = True) -> None:
         if not conf.PROMPORTS_ENABLED:
             return
         with process.lock:
-            if process.endpoint is None and not process.is_waiting and _is_usable(process):
+            if process.endpoint is None and not process.waiting_for and _is_usable(process):
                 _arm()
                 process.claim(at_once=at_once)
     except Exception:
@@ -209,28 +213,42 @@ def _read_terms() -> Terms:
         conf.PROMPORTS_LEDGER_DIR,
         conf.no_ledger_dir,
         conf.project,
+        _read_first_key(),
     )
 
 
 def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
-    port_range = conf.PROMPORTS_PORT_RANGE
-    endpoint = Endpoint(
-        claim.listener,
-        exposition=Exposition(_binding, created=conf.PROMPORTS_CREATED_SERIES),
-        about=_describe(claim.port),
-        find_targets=find_targets,
-        survey=survey,
-        activity=Activity(_binding.registry, conf.metric_namespace),
-        tls=conf.server_tls(),
-        read_token=conf.read_token,
-        read_keys=conf.read_keys,
-        host=conf.PROMPORTS_TARGET_HOST,
-        claimed_at=process.claimed_at,
+    scrapes, exporting = Scrapes(), {"created": conf.PROMPORTS_CREATED_SERIES}
+
+    def make_routes(
+        port: int, binding: Binding, note_scrape: Callable[[float], None], role: str = "heir", **more: Any
+    ) -> Routes:
+        return Routes(
+            exposition=Exposition(binding, **exporting),
+            about=_describe(port, role),
+            find_targets=find_targets,
+            survey=survey,
+            read_token=conf.read_token,
+            read_keys=conf.read_keys,
+            host=conf.PROMPORTS_TARGET_HOST,
+            scrapes=scrapes,
+            note_scrape=note_scrape,
+            **more,
+        )
+
+    activity = Activity(_binding.registry, conf.metric_namespace)
+    routes = make_routes(
+        claim.port, _binding, _binding.note_scrape, "worker", activity=activity, claimed_at=process.claimed_at
     )
+    endpoint = Endpoint(claim.listener, routes, tls=conf.server_tls())
+    terms = _read_terms()
     own_metrics().port.set(claim.port)
-    own_metrics().waiting.set_function(lambda: presence.count_waiting(port_range))
-    if not process.is_worker and (listener := presence.open_step_down(_read_first_key())):
-        endpoint.hold(partial(_await_child, process, listener), listener)
+    own_metrics().waiting.set_function(lambda: presence.count_waiting(terms.ports))
+    if not process.is_worker and (listener := presence.open_step_down(terms.key)):
+        endpoint.run(lambda loop: _await_child(process, listener), listener)
+    if terms.folder is not None and _binding.ledger is not None:
+        process.heir = Heir(terms.folder, terms, endpoint, scrapes, make_routes)
+        endpoint.run(process.heir.watch)
     return endpoint
 
 
@@ -242,8 +260,9 @@ def _read_first_key() -> bytes:
         return b""
 
 
-def _describe(claimed: int) -> Any:
+def _describe(claimed: int, role: str) -> Any:
     about = {
+        "role": role,
         "application": APPLICATION,
         "project": conf.project,
         "pid": os.getpid(),
@@ -334,6 +353,8 @@ def _after_fork_in_child() -> None:
     _forking_thread = None
     try:
         _binding.begin_in_child(keep=not parent.is_worker)
+        if parent.heir is not None:
+            parent.heir.close_ledgers()
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:

@@ -22,13 +22,14 @@ from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from django_promports.claim import SETTLED_SECONDS
 from django_promports.reading import is_sealed
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # Generous: only a broken program should reach a deadline, not a slow one.
 SECONDS = 30.0
+# granian's --workers-kill-timeout and its siblings leave this to it: what it takes for a start that has failed.
+START_SECONDS = 5.0
 
 
 class Child:
@@ -138,11 +139,11 @@ class Site:
         )
 
     def wait_until_settled(self, count: int) -> dict[int, int]:
-        """Wait until the start is complete: granian treats a worker that is killed early as one that cannot start."""
+        """Wait until no worker is young: granian stops if one ends while it is young."""
 
         def settled() -> dict[int, int]:
             abouts = self.abouts()
-            young = any(about["uptime_seconds"] <= SETTLED_SECONDS for about in abouts.values())
+            young = any(about["uptime_seconds"] <= START_SECONDS for about in abouts.values())
             return {} if young or len(abouts) != count else {port: about["pid"] for port, about in abouts.items()}
 
         return self.child.wait_until(settled, f"{count} workers have settled")

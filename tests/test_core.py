@@ -35,6 +35,7 @@ for module in modules:
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.ledger import Ledger
 from django_promports.binding import Binding
@@ -45,14 +46,14 @@ def serve(count):
     binding = Binding(registry)
     binding.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
     Counter("pieces", "Work done.", ["who"], registry=registry).labels("me").inc(count)
-    endpoint = Endpoint(
-        claim.listener,
+    routes = Routes(
         about=lambda: {},
         find_targets=lambda loop: iter(()),
         survey=lambda loop: iter(()),
         exposition=Exposition(binding),
         activity=Activity(registry),
     )
+    endpoint = Endpoint(claim.listener, routes)
     endpoint.start()
     with urllib.request.urlopen(f"http://127.0.0.1:{claim.port}/metrics") as response:
         lines = response.read().decode().splitlines()

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
+from django_promports import routes as routes_module
 from django_promports import thread as thread_module
 from django_promports.activity import Activity
 from django_promports.binding import Binding
@@ -35,6 +36,7 @@ from django_promports.loop import Loop, Steps
 from django_promports.own import own_metrics
 from django_promports.ports import claim
 from django_promports.probe import count_samples
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from tests.commands import survey_nothing
 from tests.servers import ROOT, SECONDS, wait_until
@@ -84,12 +86,15 @@ def registry() -> CollectorRegistry:
 def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[..., Served]]:
     with contextlib.ExitStack() as stack:
 
-        def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
+        def start(
+            client_tls: ssl.SSLContext | None = None, tls: ssl.SSLContext | None = None, **options: Any
+        ) -> Served:
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
             options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
             exposition, activity = Exposition(Binding(registry)), Activity(registry)
-            endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
+            routes = Routes(exposition=exposition, activity=activity, **options)
+            endpoint = Endpoint(claimed.listener, routes, tls=tls)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -156,7 +161,7 @@ def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable
     assert b'href="/targets"' in page
     assert b"&lt;1&gt;" in page
     assert data_headers["Content-Type"] == "application/json"
-    assert json.loads(data) == {"port": served.port, "pid": "<1>"}
+    assert json.loads(data) == {"port": served.port, "pid": "<1>", "scrapes": {"count": 0}}
 
 
 def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
@@ -178,15 +183,19 @@ def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
 def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
     serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_module, "COUNT_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(routes_module, "COUNT_PATIENCE_SECONDS", 0.1)
+    many = Counter("many", "Many.", ["number"], registry=registry)
+    for number in range(20_000):  # it is rendered in many slices
+        many.labels(str(number))
     served = serve()
-    served.endpoint._rendering = True
 
     told = json.loads(served.ask("/?activity", Accept="application/json")[2])
 
     assert told["series"] is None
-    served.endpoint._rendering = False
-    wait_until(lambda: served.endpoint._exposition.series, "the series are counted after all")
+    wait_until(
+        lambda: json.loads(served.ask("/?activity", Accept="application/json")[2])["series"],
+        "the series are counted after all",
+    )
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
@@ -684,12 +693,13 @@ from prometheus_client import REGISTRY
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.binding import Binding
 claim = ports.claim("127.0.0.1", [int(__import__("sys").argv[1])])
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
 parts = {"exposition": exposition, "activity": activity}
-endpoint = Endpoint(claim.listener, about=dict, find_targets=None, survey=None, **parts)
+endpoint = Endpoint(claim.listener, Routes(about=dict, find_targets=None, survey=None, **parts))
 endpoint.start()
 url = f"http://127.0.0.1:{claim.port}/metrics"
 for _ in range(3):
@@ -804,6 +814,7 @@ import os, resource, socket, urllib.request
 from prometheus_client import REGISTRY
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.binding import Binding
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -811,7 +822,8 @@ listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
-Endpoint(listener, about=dict, find_targets=None, survey=None, exposition=exposition, activity=activity).start()
+parts = {"exposition": exposition, "activity": activity}
+Endpoint(listener, Routes(about=dict, find_targets=None, survey=None, **parts)).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted

@@ -396,27 +396,6 @@ def test_series_that_only_the_ledger_has_are_exposed(tmp_path: Path, warnings: C
     binding.close()
 
 
-def test_complete_scrape_is_noted_in_the_ledger(tmp_path: Path, registry: CollectorRegistry) -> None:
-    class Noting(Ledger):
-        notes = 0
-
-        def note_scrape(self) -> None:
-            self.notes += 1
-
-    counter = Counter("requests", "", registry=registry)
-    binding = Binding(registry)
-    ledger = Noting(tmp_path / "1.ledger", "app")
-    binding.open(ledger)
-    ours = Exposition(binding)
-    counter.inc()
-    ask(ours, names=["requests_total"])
-    ours.render(OPENMETRICS, "gzip", []).close()
-    assert ledger.notes == 0
-    ask(ours)
-    assert ledger.notes == 1
-    binding.close()
-
-
 # --- what changes without a number that does
 
 

@@ -30,8 +30,8 @@ from django_promports.layout import (
     HEADER,
     LAYOUT,
     MAGIC,
+    SCRAPED_AT,
     SEAL_AT,
-    SETTLED_AT,
     SLOT,
     STATE,
     VERSION,
@@ -709,7 +709,7 @@ def _skip_a_day(path: Path, clock: Clock, *, scrape: bool = True) -> None:
     with opened(path) as ledger:
         clock.now += HOUR
         if scrape:
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
     clock.now += 25 * HOUR
 
 
@@ -734,7 +734,7 @@ def test_a_series_that_is_touched_now_and_then_stays(path: Path, clock: Clock) -
         with opened(path) as ledger:
             count(ledger, add_counter(ledger), ("daily",), 1)
             clock.now += 30 * HOUR
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("daily",)): [1.5, 10.0]}
@@ -750,7 +750,7 @@ def test_observations_that_sum_up_to_nothing_are_activity(
             amounts = (1.0, -1.0) if type_ == "summary" else (-1.0, 1.0)  # observe(-1)
             count(ledger, family, (), *amounts)
             clock.now += 30 * HOUR
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
 
     with opened(path) as ledger:
         assert [max(values[1:]) for values in read(ledger).values()] == [4.0]
@@ -764,7 +764,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
         pass
     clock.now += hours * HOUR
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(time.time())
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("x",)): [1.5, 1.0]}
@@ -772,7 +772,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
 
 def test_a_series_that_was_not_scraped_since_stays(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(time.time())
         count(ledger, add_counter(ledger), ("x",))
     for _ in range(3):
         _skip_a_day(path, clock, scrape=False)
@@ -788,7 +788,7 @@ def test_the_time_of_the_scrape_survives_a_renewal(path: Path, clock: Clock) -> 
         count(ledger, apples, ("forgotten",))
     with opened(path) as ledger:
         clock.now += HOUR
-        ledger.note_scrape()
+        ledger.note_scrape(time.time())
         ledger.forget(ledger.families["apples"], ("forgotten",))
     inode = path.stat().st_ino
     with opened(path):
@@ -807,7 +807,7 @@ def test_a_file_stays_small_under_changing_labels(path: Path, clock: Clock) -> N
             for number in range(50):
                 count(ledger, family, (f"/{'x' * 200}/{day}/{number}",), 1, 1, 1)
             count(ledger, family, ("always",), 1, 1, 0)
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
         clock.now += 25 * HOUR
         sizes.append(path.stat().st_blocks * 512)
 
@@ -827,7 +827,7 @@ def test_a_file_stays_small_though_a_series_comes_and_goes(how: str, path: Path,
                 count(ledger, apples, ("x" * 2000,))
             elif how == "forgotten":
                 ledger.forget(apples, ("x" * 2000,))
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
         clock.now += 25 * HOUR
 
     assert path.stat().st_blocks * 512 < 250_000  # 450 / 3 records of 2000 bytes would be more
@@ -927,8 +927,8 @@ def test_the_file_system_of_a_path_is_found(path: str, type_: str) -> None:
 
 def test_scraped_is_kept_where_the_format_says(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(time.time())
 
     with path.open("rb") as file:
-        file.seek(SETTLED_AT)
+        file.seek(SCRAPED_AT)
         assert struct.unpack("=d", file.read(8)) == (clock.now,)

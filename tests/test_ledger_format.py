@@ -25,7 +25,7 @@ from django_promports import space, storage
 from django_promports.binding import Binding
 from django_promports.layout import CELLS_AT, STATE, Layout, LedgerDamaged, hash_site
 from django_promports.ledger import Ledger, LedgerFull
-from django_promports.reading import Reader, is_sealed, read_opening
+from django_promports.reading import Reader, is_sealed, read_status
 from tests.commands import run_python
 from tests.data.ledgers.freeze import thaw
 
@@ -379,7 +379,7 @@ def test_a_frozen_file_is_continued_with_every_number(
     ledger = Ledger(path, "site")
 
     assert _without_activity(_describe(ledger)) == _without_activity(held["families"])
-    assert ledger.settled_at == held["settled_at"]
+    assert ledger.scraped_at == held["settled_at"]
     ledger.close()
     assert not caplog.records
     assert read_by_the_page(path) == read_with_reader(path)
@@ -400,11 +400,11 @@ def test_a_reader_reads_a_frozen_file_and_leaves_it_alone(version: str, ending: 
     reader.close()
 
     assert reading is not None
-    assert reading.site == hash_site("site")
-    assert (reading.settled_at, reading.opened_at) == (held["settled_at"], held["opened_at"])
-    assert read_opening(path) == held["opened_at"]
-    assert reading.is_sealed is is_sealed(path) is (ending == "closed")
-    assert (reading.holder.pid > 0) is (version == "version-3")
+    assert reading.status.site == hash_site("site")
+    assert (reading.status.scraped_at, reading.status.opened_at) == (held["settled_at"], held["opened_at"])
+    assert read_status(path) == reading.status
+    assert reading.status.is_sealed is is_sealed(path) is (ending == "closed")
+    assert (reading.status.holder.pid > 0) is (version == "version-3")
     assert {
         name: {
             "family": [
@@ -508,7 +508,7 @@ def test_a_kill_during_the_conversion_leaves_the_old_file_or_the_new_one(thawed:
         assert read_with_reader(path) == expected, lines
         ledger = Ledger(path, "site")
         assert read_ledger(ledger) == expected, lines
-        assert ledger.settled_at == held["settled_at"]
+        assert ledger.scraped_at == held["settled_at"]
         ledger.close()
         assert os.listdir(path.parent) == [path.name]
     assert versions == {2, 3}
@@ -521,15 +521,15 @@ def test_the_holder_is_known_to_readers(path: Path) -> None:
     ledger.close()
 
     assert reading is not None
-    assert reading.holder.pid == os.getpid()
+    assert reading.status.holder.pid == os.getpid()
     if sys.platform == "linux":
-        assert reading.holder.started == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        assert reading.holder.namespace == os.stat("/proc/self/ns/pid").st_ino
-    assert not reading.is_sealed
+        assert reading.status.holder.started == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        assert reading.status.holder.namespace == os.stat("/proc/self/ns/pid").st_ino
+    assert not reading.status.is_sealed
     reading = reader.read()
     reader.close()
     assert reading is not None
-    assert reading.is_sealed
+    assert reading.status.is_sealed
 
 
 def test_a_gauge_has_a_cell_and_its_mode_and_ends_with_its_process(path: Path) -> None:

@@ -769,22 +769,6 @@ def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
     process.binding.close()
 
 
-def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> None:
-    def scraped(process: Process) -> float:
-        assert process.binding.ledger is not None
-        return process.binding.ledger.settled_at
-
-    with processes() as process:
-        work(make_counter(process.registry))
-        next(iter(process.binding.collect()))
-        list(process.binding.restricted_registry(["jobs_total"]).collect())
-        assert scraped(process) == 0
-
-        list(process.binding.collect())
-
-        assert scraped(process) == pytest.approx(time.time(), abs=10)
-
-
 # A process with four threads that count forks again and again; each child counts too, and must leave the ledger alone.
 FORKED_CHILDREN = """
 import faulthandler, os, sys, threading, time

@@ -108,9 +108,6 @@ class Exposition:
             for metric in collected:
                 yield from self._write(scrape, binding, [metric], error)
             body.write(scrape.form.encoder.end)
-        else:
-            if not wanted:
-                self._binding.note_scrape(ledger)
         if not wanted:
             self.series = body.samples
         return headers, body.close()

@@ -10,6 +10,7 @@ import json
 import struct
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def main(version: str, folder: Path) -> None:
             path = Path(temporary) / "19100.ledger"
             ledger = module.Ledger(path, "site")
             fill(ledger)
-            ledger.note_scrape()
+            ledger.note_scrape(time.time())
             held = describe(ledger)
             ledger.close(seal=ending == "closed")
             content = path.read_bytes()
