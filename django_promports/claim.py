@@ -21,7 +21,7 @@ from django_promports.endpoint import Endpoint
 from django_promports.folders import make_folder
 from django_promports.heir import Heir
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked
-from django_promports.own import own_metrics
+from django_promports.own import RANGE_FULL, RELOAD, own_metrics
 from django_promports.processes import find_start
 from django_promports.reading import read_status
 from django_promports.secret import make_secret, remove_secret
@@ -38,10 +38,6 @@ RETRY_SECONDS = 0.5
 RELOAD_SECONDS = 2.0
 # Seconds for an heir to hand a port over. It takes a millisecond, unless a collector of the site delays it.
 HAND_OVER_SECONDS = 0.5
-
-
-# Why a process waits for a port: every one is taken, or those that older processes hold may come free.
-RANGE_FULL, RELOAD = "range_full", "reload"
 
 
 class Undecided(Exception):

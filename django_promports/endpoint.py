@@ -32,6 +32,8 @@ ANSWER_SECONDS = 60.0
 # the response. So the endpoint keeps reading after a response, for so many seconds and bytes at most.
 LINGER_SECONDS = 1.0
 MAX_LINGER_BYTES = 4 * 1024 * 1024
+# Seconds between two looks whether a peer that has closed its direction has received the response.
+RECEIPT_SECONDS = 0.05
 # A Prometheus server holds one connection for a moment. This leaves ample room for two servers and a few browsers.
 MAX_CONNECTIONS = 64
 # Seconds to wait when the process has no file descriptor left for a connection.
@@ -179,12 +181,14 @@ class Endpoint:
                 # Closing at once would reset the connection if the peer sent more than was read.
                 self._connections[connection] = Stage.ENDING
                 sock.shutdown(socket.SHUT_WR)
-                # What the kernel still has to send takes as long as the link needs.
-                connection.set_deadline(ANSWER_SECONDS if has_unsent(sock) else LINGER_SECONDS)
+                # What the kernel still has to send takes as long as the link needs, and a scraper closes when it has
+                # read everything.
+                is_awaited = response.delivered is not None or has_unsent(sock)
+                connection.set_deadline(ANSWER_SECONDS if is_awaited else LINGER_SECONDS)
                 rest = MAX_LINGER_BYTES
                 while rest > 0 and (chunk := (yield from receive(sock))):
                     rest -= len(chunk)
-                if rest > 0 and response.delivered is not None and not has_unsent(sock):  # closed, and not reset
+                if rest > 0 and response.delivered is not None and (yield from self._await_receipt(sock)):
                     response.delivered(peer.removeprefix("::ffff:"))
         except OSError:  # the peer is gone or does not speak TLS; no reply is possible
             logger.debug("A connection to the metrics endpoint broke.", exc_info=True)
@@ -195,3 +199,12 @@ class Endpoint:
         finally:
             self._connections.pop(connection, None)
             sock.close()
+
+    def _await_receipt(self, sock: socket.socket) -> Steps[bool]:
+        """Wait until a peer that sends nothing more has received everything; return False if it resets the connection.
+
+        It may have closed only its own direction, before it reads the response. No event tells that it has read it.
+        """
+        while not (error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) and has_unsent(sock):
+            yield from self._loop.sleep(RECEIPT_SECONDS)
+        return not error

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from prometheus_client import Counter, Gauge
 
+# Why a process waits for a port: every one is taken, or those that older processes hold may come free.
+RANGE_FULL, RELOAD = "range_full", "reload"
+
 
 class OwnMetrics(NamedTuple):
     """served, failed, refused: the children of promports_scrapes_total."""
@@ -35,6 +38,14 @@ def own_metrics() -> OwnMetrics:
         "slow or one connection too many).",
         ["outcome"],
     )
+    waits = Counter(
+        "promports_waits_total",
+        "Times that this process had to wait for a port, by reason: every port of the range was taken (range_full), or "
+        "older processes of the site held lower ports, as in a reload (reload).",
+        ["reason"],
+    )
+    for reason in (RANGE_FULL, RELOAD):  # a counter that is missing until it counts has no first increase
+        waits.labels(reason)
     return OwnMetrics(
         Gauge("promports_port", "The port that this process holds."),
         Gauge("promports_waiting_processes", "Processes of this machine that wait for a port of the range."),
@@ -47,18 +58,13 @@ def own_metrics() -> OwnMetrics:
         ),
         Gauge(
             "promports_last_scrape_timestamp_seconds",
-            "When this process was last scraped completely, by the address of the scraper.",
+            "Time of the last complete scrape of this process, in seconds since the epoch, by address of the scraper.",
             ["scraper"],
         ),
         Gauge(
             "promports_longest_scrape_interval_seconds",
-            "The longest time between two complete scrapes of this process, by the address of the scraper.",
+            "Longest time between two complete scrapes of a port of this process, by address of the scraper.",
             ["scraper"],
         ),
-        Counter(
-            "promports_waits_total",
-            "Times that this process waited for a port: because the range was full (range_full), or for one that an "
-            "older process might free in a reload (reload).",
-            ["reason"],
-        ),
+        waits,
     )

@@ -92,8 +92,8 @@ class Routes:
         """Answer a request that has the token, or a probe from this site, and sign the response to a probe."""
         probe = None
         try:
+            address, port = sock.getsockname()[:2]
             if header := request.header(proof.PROBE):
-                address, port = sock.getsockname()[:2]
                 asked = proof.Asked(address, port, request.path, request.header("Host"))
                 age = monotonic() - self._claimed_at
                 probe = proof.check_probe(header, self._read_keys(), asked, host=self._host, age=age)
@@ -102,7 +102,7 @@ class Routes:
                 token is None or is_authorized(request.header("Authorization"), token)
             )
             if authorized:
-                response = yield from self._route(loop, request)
+                response = yield from self._route(loop, request, port)
             else:
                 response = plain(401, "This endpoint requires its bearer token.", ("WWW-Authenticate", "Bearer"))
         except (GeneratorExit, KeyboardInterrupt):
@@ -124,25 +124,26 @@ class Routes:
             word = proof.sign_answer(probe, response.status, digest.digest())
         return response._replace(headers=(*response.headers, (proof.ANSWER, word)))
 
-    def _route(self, loop: Loop, request: Request) -> Steps[Response]:
+    def _route(self, loop: Loop, request: Request, port: int) -> Steps[Response]:
         if request.route == "/metrics":
-            return (yield from self._scrape(loop, request))
+            return (yield from self._scrape(loop, request, port))
         if request.route == "/targets":
             find = partial(self._find_targets, loop)  # asks every port of the range
             return Response(200, "application/json", (yield from loop.share("/targets", find)))
         if request.route == "/":
-            return (yield from self._page(loop, request))
+            return (yield from self._page(loop, request, port))
         return plain(404, "Nothing is served here; try /metrics, /targets or /.")
 
-    def _scrape(self, loop: Loop, request: Request) -> Steps[Response]:
+    def _scrape(self, loop: Loop, request: Request, port: int) -> Steps[Response]:
+        self._scrapes.see(request)
         names = tuple(parse_qs(request.query).get("name[]", ()))
         rendering = self._render(loop, request.header("Accept"), request.header("Accept-Encoding"), names)
         began, response = yield from rendering
         self._own.served.inc()
-        return response if names else response._replace(delivered=partial(self._note_delivery, request, began))
+        return response if names else response._replace(delivered=partial(self._note_delivery, request, port, began))
 
-    def _note_delivery(self, request: Request, began: float, peer: str) -> None:
-        if self._scrapes.note(request, peer, began):
+    def _note_delivery(self, request: Request, port: int, began: float, peer: str) -> None:
+        if self._scrapes.note(request, peer, port, began):
             self._note_scrape(began)
 
     def _render(
@@ -177,8 +178,8 @@ class Routes:
 
         return (yield from loop.share((self, accept, encoding, names), render))
 
-    def _page(self, loop: Loop, request: Request) -> Steps[Response]:
-        about = {**self._about(), "scrapes": self._scrapes.describe()}
+    def _page(self, loop: Loop, request: Request, port: int) -> Steps[Response]:
+        about = {**self._about(), "scrapes": self._scrapes.describe(port)}
         if "application/json" in request.header("Accept"):
             if request.query == "activity":
                 if monotonic() - self._rendered_at > COUNT_SECONDS:

@@ -6,9 +6,10 @@ response. Whether Prometheus kept it cannot be seen from here: a scrape over its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
 
 from django_promports.http import Request
 from django_promports.own import own_metrics
@@ -20,11 +21,17 @@ PROMETHEUS_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 MAX_SCRAPERS = 8
 
 
-class Scraper(NamedTuple):
-    """A client that scrapes. scraped_at: seconds of time.monotonic(). interval: the longest so far, or 0."""
+@dataclass
+class Scraper:
+    """A client that scrapes. interval, longest: seconds between two scrapes of one port, the last ones and the longest.
 
-    scraped_at: float
+    times: of the last scrape of each port (time.monotonic).
+    """
+
+    address: str
     interval: float = 0.0
+    longest: float = 0.0
+    times: dict[int, float] = field(default_factory=dict)
 
 
 class Scrapes:
@@ -34,54 +41,70 @@ class Scrapes:
     """
 
     def __init__(self) -> None:
-        self.count = 0
         self._is_prometheus_known = False
-        # By address, timeout and port: two Prometheus servers may share an address, and have other intervals.
+        self._counts: Counter[int] = Counter()
+        # By address and what else tells scrapers apart: two of them may share an address, and have other intervals.
         self._scrapers: dict[tuple[str, str, str], Scraper] = {}
+        own = own_metrics()
+        for gauge in (own.scraped_at, own.interval):  # those of the process that forked this one
+            gauge.clear()
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts.values())
 
     @property
     def longest_interval(self) -> float:
-        """The longest interval between two scrapes of one scraper, in seconds; 0 if none came twice."""
-        return max((scraper.interval for scraper in self._scrapers.values()), default=0.0)
+        """The longest interval between two scrapes of a port by one scraper, in seconds; 0 if none came twice."""
+        return max((scraper.longest for scraper in self._scrapers.values()), default=0.0)
 
-    def note(self, request: Request, peer: str, began: float) -> bool:
+    def see(self, request: Request) -> None:
+        """Note that a request for metrics came, whether it is answered completely or not.
+
+        Once Prometheus was seen, only its requests are complete scrapes.
+        """
+        self._is_prometheus_known |= bool(request.header(PROMETHEUS_HEADER))
+
+    def note(self, request: Request, peer: str, port: int, began: float) -> bool:
         """Note that a response with all metrics was received; return whether that was a complete scrape.
 
-        peer: its address. began: when the render began, in seconds of time.time(). Once Prometheus was seen, only its
-        requests count. A page in a browser and a probe never do.
+        peer: its address. port: that was scraped. began: when the render began, in seconds of time.time(). A page in a
+        browser, a probe and a HEAD request never count.
         """
         timeout = request.header(PROMETHEUS_HEADER)
-        self._is_prometheus_known |= bool(timeout)
         if request.command != "GET" or request.header(PROBE) or "text/html" in request.header("Accept"):
             return False
         if self._is_prometheus_known and not timeout:
             return False
-        self.count += 1
-        key, now = (peer, timeout, request.header("Host")), monotonic()
-        former = self._scrapers.pop(key, None)  # so that the latest is the last one
-        interval = max(former.interval, now - former.scraped_at) if former else 0.0
-        self._scrapers[key] = Scraper(now, interval)
-        own = own_metrics()
+        self._counts[port] += 1
+        key, now, own = (peer, timeout, request.header("User-Agent")), monotonic(), own_metrics()
+        scraper = self._scrapers.pop(key, None) or Scraper(peer)
+        self._scrapers[key] = scraper  # the latest is the last one
+        if port in scraper.times:
+            scraper.interval = now - scraper.times[port]
+            scraper.longest = max(scraper.longest, scraper.interval)
+        scraper.times[port] = now
         own.scraped_at.labels(peer).set(began)
-        own.interval.labels(peer).set(max(one.interval for (by, *_), one in self._scrapers.items() if by == peer))
+        own.interval.labels(peer).set(max(one.longest for one in self._scrapers.values() if one.address == peer))
         if len(self._scrapers) > MAX_SCRAPERS:
             self._forget(next(iter(self._scrapers)))
         return True
 
     def _forget(self, key: tuple[str, str, str]) -> None:
-        del self._scrapers[key]
-        if not any(peer == key[0] for peer, *_ in self._scrapers):
-            own_metrics().scraped_at.remove(key[0])
-            own_metrics().interval.remove(key[0])
+        address = self._scrapers.pop(key).address
+        if all(scraper.address != address for scraper in self._scrapers.values()):
+            own_metrics().scraped_at.remove(address)
+            own_metrics().interval.remove(address)
 
-    def describe(self) -> Mapping[str, object]:
-        """Return what / shows: how many scrapes, who made the last one, how long ago it was, and the interval."""
-        if not self._scrapers:
-            return {"count": self.count}
-        (address, *_), scraper = list(self._scrapers.items())[-1]
+    def describe(self, port: int) -> Mapping[str, object]:
+        """Return what / shows of a port: how many scrapes, who made the last one, its age, and the interval."""
+        scrapers = [scraper for scraper in self._scrapers.values() if port in scraper.times]
+        if not scrapers:
+            return {"count": self._counts[port]}
+        last = max(scrapers, key=lambda scraper: scraper.times[port])
         return {
-            "count": self.count,
-            "by": address,
-            "ago": round(monotonic() - scraper.scraped_at, 3),
-            "interval": round(scraper.interval, 3),
+            "count": self._counts[port],
+            "by": last.address,
+            "seconds_ago": round(monotonic() - last.times[port], 3),
+            "interval_seconds": round(last.interval, 3),
         }
