@@ -8,12 +8,15 @@ needs the port asks for it, and receives the listening socket and the locked led
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +27,10 @@ from prometheus_client import CollectorRegistry
 from django_promports import ports, presence
 from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint, Service
-from django_promports.layout import NUMBER, SCRAPED_AT, SETTLED_AT, LedgerDamaged, hash_site
+from django_promports.layout import NUMBER, SCRAPED_AT, SETTLED_AT, hash_site
 from django_promports.ledger import LedgerLocked, open_locked
 from django_promports.loop import NEXT_TURN, READ, Loop, Steps
-from django_promports.reading import Status, read_locked, read_status
+from django_promports.reading import Status, find_damage, read_locked, read_status
 from django_promports.routes import Routes
 from django_promports.scrapes import Scrapes
 from django_promports.snapshot import keep
@@ -44,6 +47,11 @@ CHANCE_SECONDS = 60.0
 MAX_SECONDS = 3600.0
 # If no one has ever scraped this process, no one may: it frees the port, and adopts others only after a scrape.
 UNSCRAPED_SECONDS = 10.0
+# Looks after which a port that is still taken belongs to another program: a process of the site would have written to
+# its ledger by then.
+TAKEN_LOOKS = 3
+# The process or the machine has too many open files.
+TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 @dataclass(eq=False)
@@ -90,6 +98,8 @@ class Heir:
         self._adopted: dict[int, Adopted] = {}
         # Ports that were adopted in vain: which opening, and whether another attempt is useless until the next one.
         self._in_vain: dict[int, tuple[float, bool]] = {}
+        # How often, one after the other, an orphaned port was found to be taken.
+        self._taken: Counter[int] = Counter()
 
     def watch(self, loop: Loop) -> Steps[None]:
         """Adopt orphaned ports and free settled ones, forever."""
@@ -110,6 +120,8 @@ class Heir:
                         self._adopt(loop, port, status)
                 yield NEXT_TURN
             orphans = found
+            for port in self._taken.keys() - found.keys():
+                del self._taken[port]
 
     def close_ledgers(self) -> None:
         """Close the adopted ledgers, before the endpoint frees their ports; also in a forked child."""
@@ -124,7 +136,10 @@ class Heir:
         """Return the status of the ledger of a port that is owed and whose holder has ended."""
         if port in self._adopted:
             return None
-        status = read_status(self._find_path(port))
+        path = self._find_path(port)
+        status = read_status(path)
+        if status is None and port not in self._in_vain and (damage := find_damage(path)):
+            self._give_up(port, 0.0, damage)
         if status is None or status.site != self._site or not status.is_owed or status.is_held:
             return None
         opened_at, is_useless = self._in_vain.get(port, (0.0, False))
@@ -134,29 +149,25 @@ class Heir:
 
     def _adopt(self, loop: Loop, port: int, status: Status) -> None:
         path = self._find_path(port)
-        listener = ports.listen(self._terms.address, port)
-        if listener is None:  # another process was faster, or a foreign one has it
-            return
-        file = None
-        try:
-            file = open_locked(path, seconds=0, create=False)
-            reading = read_locked(path, file)
+        with ExitStack() as stack:  # it closes the ledger before the port
+            try:
+                listener = ports.listen(self._terms.address, port)
+                if listener is None:
+                    self._note_taken(port)
+                    return
+                stack.callback(listener.close)
+                file = open_locked(path, seconds=0, create=False)
+                stack.callback(os.close, file)
+                reading = read_locked(path, file)
+            except (LedgerLocked, FileNotFoundError):  # another process was faster
+                return
+            except Exception as error:
+                if not isinstance(error, OSError) or error.errno not in TRANSIENT:
+                    self._give_up(port, status.opened_at, str(error))
+                return
             if reading.status != status:
-                raise LedgerLocked
-        except (OSError, LedgerDamaged, LedgerLocked) as error:
-            if file is not None:
-                os.close(file)
-            listener.close()
-            if not isinstance(error, LedgerLocked):
-                self._in_vain[port] = status.opened_at, True
-                logger.warning(
-                    "The last counts of port %s cannot be shown: %s (%s). The next process to claim the port tries it "
-                    "again.",
-                    port,
-                    error,
-                    path,
-                )
-            return
+                return
+            stack.pop_all()
         adopted = Adopted(port, status, file, presence.open_hand_over(self._terms.key, port))
         binding = Binding(CollectorRegistry())
         binding.show(keep(reading.families))
@@ -165,6 +176,26 @@ class Heir:
         self._adopted[port] = adopted
         loop.spawn(self._await_claimer(adopted))
         logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", port, os.getpid())
+
+    def _give_up(self, port: int, opened_at: float, reason: str) -> None:
+        """Log once that a port cannot be served, and leave it to the next process that claims it."""
+        self._in_vain[port] = opened_at, True
+        logger.warning(
+            "The last counts of port %s cannot be shown: %s (%s). The next process that claims the port tries again.",
+            port,
+            reason,
+            self._find_path(port),
+        )
+
+    def _note_taken(self, port: int) -> None:
+        """Log it if neither a process of the site nor another heir can be the one that has the port."""
+        self._taken[port] += 1
+        if self._taken[port] == TAKEN_LOOKS and not presence.has_heir(self._terms.key, port):
+            logger.warning(
+                "The last counts of port %s cannot be scraped while another program has the port. End that program, or "
+                "give it another port.",
+                port,
+            )
 
     def _note_scrape(self, adopted: Adopted, began: float) -> None:
         if self._adopted.get(adopted.port) is adopted:

@@ -104,6 +104,14 @@ def take_over(key: bytes, port: int, seconds: float, silent: set[int]) -> tuple[
     return socket.socket(fileno=files[0]), files[1]
 
 
+def has_heir(key: bytes, port: int) -> bool:
+    """Return whether an heir of this site serves a port. Linux only."""
+    try:
+        return f"@{_hand_over_name(key, port)[1:]}\n" in Path("/proc/net/unix").read_text(errors="replace")
+    except OSError:
+        return False
+
+
 def is_same_user(peer: socket.socket) -> bool:
     """Return whether the process at the other end is one of this user."""
     return _peer(peer)[1] == os.geteuid()

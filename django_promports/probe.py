@@ -48,6 +48,16 @@ class State(str, Enum):
     __format__ = str.__format__  # type: ignore[assignment]
 
 
+class Role(str, Enum):
+    """What a live process does at a port: count its own work there, or export the last counts of one that has ended."""
+
+    WORKER = "worker"
+    HEIR = "heir"
+
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
+
 class Answer(NamedTuple):
     """What a port answered. about: the JSON of /. seconds: how long it took. reason: why it is silent or other."""
 
@@ -58,11 +68,24 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
+class Scraped(NamedTuple):
+    """The complete scrapes of a port: how many, who made the last one, how long ago, and how long after the one before.
+
+    ago, interval: seconds. They and the address are None or empty where there was no such scrape.
+    """
+
+    count: int
+    by: str = ""
+    ago: float | None = None
+    interval: float | None = None
+
+
 class Seen(NamedTuple):
     """What was found at a target. A value without a credible answer is None or empty.
 
     reason: why a scrape by Prometheus would fail; empty if it would not, or if nothing listens. series, scrape_seconds:
-    of a scrape of /metrics. samples: its activity, as activity.Activity keeps it.
+    of a scrape of /metrics. samples: its activity, as activity.Activity keeps it. role: of a live process; an heir
+    serves the port for a worker that has ended.
     """
 
     host: str
@@ -75,6 +98,12 @@ class Seen(NamedTuple):
     series: int | None = None
     scrape_seconds: float | None = None
     samples: Sequence[Sample] = ()
+    role: Role | None = None
+    scraped: Scraped | None = None
+
+    @property
+    def is_worker(self) -> bool:
+        return self.state == State.LIVE and self.role != Role.HEIR
 
 
 class Site(NamedTuple):
@@ -137,6 +166,8 @@ def read(host: str, port: int, answer: Answer) -> Seen:
         _number(about.get("uptime_seconds")),
         _whole(about.get("series")),
         samples=_read_samples(about.get("activity")),
+        role=_read_role(answer),
+        scraped=_read_scraped(about.get("scrapes")),
     )
 
 
@@ -266,6 +297,23 @@ def _number(value: Any) -> float | None:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and _number(value) is not None else None
+
+
+def _read_role(answer: Answer) -> Role | None:
+    """Return the role of a live process. One that names none is a worker with an older version."""
+    if answer.state != State.LIVE:
+        return None
+    return Role.HEIR if answer.about.get("role") == Role.HEIR.value else Role.WORKER
+
+
+def _read_scraped(value: Any) -> Scraped | None:
+    """Return what an answer tells of scrapes; None if it is malformed."""
+    if not isinstance(value, dict) or (count := _whole(value.get("count"))) is None:
+        return None
+    by, ago, interval = value.get("by"), _number(value.get("seconds_ago")), _number(value.get("interval_seconds"))
+    if not count or not isinstance(by, str) or not re.fullmatch(r"[0-9a-zA-Z.:%_-]{1,64}", by) or ago is None:
+        return Scraped(0) if count == 0 else None
+    return Scraped(count, by, ago, interval or None)
 
 
 def _read_samples(value: Any) -> list[Sample]:

@@ -194,6 +194,13 @@ def read_locked(path: Path, file: int) -> Reading:
     file: open at this path. It stays open.
     """
     version, _ = read_header(file, LAYOUT.size)
+    index_at, cells_end, end = (
+        LONG.unpack(os.pread(file, LONG.size, at))[0] for at in (INDEX_AT_AT, CELLS_END_AT, END_AT)
+    )
+    if version != 2 and not (
+        index_at == LAYOUT.index_at and cells_end <= LAYOUT.cells and index_at <= end <= LAYOUT.size
+    ):
+        raise LedgerDamaged("its index is damaged")
     reader = Reader(path)
     try:
         reading = reader.read()
@@ -202,9 +209,26 @@ def read_locked(path: Path, file: int) -> Reading:
     if reading is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if version != 2:
-        cells_end, end = (LONG.unpack(os.pread(file, LONG.size, at))[0] for at in (CELLS_END_AT, END_AT))
         check_seal(file, LAYOUT, cells_end, end)
     return reading
+
+
+def find_damage(path: Path) -> str:
+    """Return why the ledger at this path cannot be read; empty if it can, if there is none, or if it is being made."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(file).st_size:
+                read_locked(path, file)
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    except Exception as error:  # its numbers may be any
+        return str(error)
+    return ""
 
 
 def _read_status(head: bytes) -> Status:
