@@ -53,7 +53,7 @@ class Conf:
 
     @property
     def PROMPORTS_LEDGER_DIR(self) -> Path | None:
-        """None: count in memory. If the setting is not None, no_ledger_dir has the reason."""
+        """None: count in memory. Unless the setting asks for that, no_ledger_dir has the reason."""
         if not unix.SUPPORTED:
             return None
         return self._read("PROMPORTS_LEDGER_DIR", _parse_folder, self._default_ledger_dir)

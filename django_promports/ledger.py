@@ -39,7 +39,7 @@ __all__ = ["Family", "Ledger", "LedgerFull", "LedgerLocked"]
 
 logger = logging.getLogger("django_promports")
 
-# A series that nobody touched for this long, and that was scraped since, is dropped at the next claim. Shorter, and a
+# A series that did not change for this long, and was scraped since then, is dropped at the next claim. Shorter, and a
 # counter that grows once an hour would restart from zero each time, which PromQL does not count.
 FORGET_SECONDS = 24 * 3600.0
 # Seconds to wait for the lock: a process that ends frees its port a moment before its files.
@@ -51,7 +51,7 @@ class LedgerLocked(Exception):
 
 
 class Copy(NamedTuple):
-    """What a new file has from the start."""
+    """The initial content of a new file."""
 
     content: Content
     settled_at: float = 0.0
@@ -66,7 +66,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
-        """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
+        """Open or create the file; drop series that no longer change, and numbers that are not finite.
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
         file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
@@ -129,9 +129,9 @@ class Ledger:
         self._storage.write_number(SETTLED_AT, time.time())
 
     def close(self, *, seal: bool = True, remove: bool = False) -> None:
-        """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
+        """Close the file, and release its lock. A seal shows the next holder whether the file was changed meanwhile.
 
-        Nobody may use the cells any more. In a forked child of the holder (seal=False) this only lets go of what
+        The cells must not be used any more. In a forked child of the holder (seal=False) this only lets go of what
         the child inherited. remove: remove the file as well.
         """
         if remove:  # while the lock is held
@@ -166,9 +166,9 @@ class Ledger:
             return self._renew(Copy([]))
 
     def _tidy(self) -> None:
-        """Note which series the last holder touched, and forget those that nobody did for long.
+        """Note which series the last holder changed, and forget those that did not change for long.
 
-        Numbers that are not finite are zero from here on, and what gauges said went with their process.
+        Numbers that are not finite become zero. Gauges are forgotten: they described a process that has ended.
         """
         now, scraped, storage = time.time(), self.settled_at, self._storage
         cells, senseless = storage.cells, []

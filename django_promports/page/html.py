@@ -172,7 +172,7 @@ def _draw_table(found: Overview, many: Sequence[Sequence[Rate]], own_port: objec
         ("Series", "number"),
         ("Requests per second", ""),
         ("Latency", ""),
-        *([("Look at", "")] if found.origin else []),
+        *([("Links", "")] if found.origin else []),
     ):
         yield f'<th role="columnheader" scope="col" class="{kind}">{name}</th>'
     yield '</tr></thead>\n<tbody role="rowgroup">\n'

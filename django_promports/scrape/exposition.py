@@ -69,7 +69,7 @@ class Exposition:
         self._with_created = created
         self.forms: dict[tuple[str, bool], Form] = {}
         self._scrapes = 0
-        # By id(), here and below: what the site has written may not even be hashable when it is asked again.
+        # By id(), here and below: __hash__ and __eq__ of a collector are code of the site, and may raise.
         self._failing: dict[int, object] = {}
         self._warned = False
 
@@ -299,7 +299,7 @@ class Exposition:
             if scrape.turn.is_over():
                 yield from scrape.turn.rest()
         if not is_whole:
-            self._fail(key, "%s has text or numbers that make no sense; those are left out, the others are served.")
+            self._fail(key, "%s has text or numbers that cannot be encoded; those are left out, the others are served.")
         elif doubt is not None:
             self._warn(key, doubt)
 
@@ -313,7 +313,7 @@ class Exposition:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s is not what django_promports knows of prometheus_client. Scrapes are right, but slower.",
+                "%s differs from what django_promports knows of prometheus_client. Scrapes are correct, but slower.",
                 _describe(key),
                 exc_info=error,
             )
