@@ -121,7 +121,7 @@ class FamilyRecord(NamedTuple):
 
 
 class SeriesRecord(NamedTuple):
-    """An index record that names the first cell of a series. family: its number."""
+    """An index record that says in which cells a series begins. family: its number."""
 
     family: int
     labelvalues: Labels

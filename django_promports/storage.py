@@ -89,7 +89,7 @@ class Family:
 
     @property
     def record(self) -> FamilyRecord:
-        """Its record in the file."""
+        """What the file says of it."""
         return FamilyRecord(
             self.number, self.name, self.type, self.help, self.unit, self.labelnames, self.bounds, self.mode
         )
@@ -101,7 +101,7 @@ class Family:
 
     @property
     def growing(self) -> slice:
-        """Which of its values never fall; `kinds` defines it for each type."""
+        """Which of its values never fall; kinds says it for each type."""
         return KINDS[self.type].growing
 
     def read(self, firsts: Iterable[int]) -> bytes:
@@ -310,7 +310,7 @@ class Storage:
             self._by_number[number].series[labelvalues] = first
             return
         former = self.families.get(record.name)
-        if former is not None and former.number > record.number:  # replacing this one was interrupted
+        if former is not None and former.number > record.number:  # whoever replaced this one was interrupted
             self._free.add(slot, self._free_slot(slot))
             return
         if former is not None:
