@@ -1,4 +1,4 @@
-"""Ledgers of version 2: read, or converted when a process takes one over.
+"""Ledgers of version 2: what they hold, for readers and for ledger.py, which converts one when it is taken over.
 
 Header, seal, end of the index, times and cells are at the same offsets as in version 3. The index is a log of records,
 {uint32 length, uint32 CRC-32, JSON, padding to 8 bytes}; the first with length 0 is the end. Families are numbered in

@@ -1,4 +1,4 @@
-"""prometheus_client's encoders, for all that is not rendered from kept text.
+"""prometheus_client's encoders: their versions, the _created series, and metrics that they cannot encode.
 
 They run code of the site, and they fail as a whole if one label or number cannot be encoded. Here only the series that
 has it is left out.
