@@ -39,7 +39,7 @@ SETTLED_SECONDS = 5.0
 
 
 class Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still hold their ports, or the user may yet change."""
+    """It is too early: the old workers of a reload hold their ports, or this process may yet change its user."""
 
 
 class Terms(NamedTuple):

@@ -1,4 +1,4 @@
-"""What is known of each metric type, once: its values, its shape, its samples and its lines.
+"""All that is known of each metric type: its values, its shape, its samples and its lines.
 
 A type that can be kept and rendered has one entry in KINDS. This module does not import prometheus_client: the ledger
 needs the shapes, and programs that only read ledgers do not need the classes. A class is looked up on first use.

@@ -1,7 +1,7 @@
 """The exposition of a registry: one scrape after the other, in the format that is asked for.
 
 Metrics that `kinds` knows are rendered from kept text, everything else by prometheus_client itself. If a collector
-raises, only its own metrics are missing; the failure is counted, and logged once.
+raises, only its own metrics are missing; each failure is counted, and the first one logged.
 
 A scrape gives the interpreter up again and again, and the site makes, removes and registers metrics meanwhile. So it
 decides at its start which metrics it shows, and reads each from the family that the metric has then.

@@ -28,7 +28,7 @@ from django_promports.scrape.packing import Body, Piece
 from django_promports.scrape.sources import Made, Source, State, Unknown
 
 MAX_COUNTS = 1024
-# In the place of a number whose child cannot be shown: it makes no text.
+# Takes the place of each number of a child that cannot be shown: it produces no text.
 SILENCE = b"%.0b"
 
 
