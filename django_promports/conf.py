@@ -1,7 +1,7 @@
 """The settings: one typed property each, read at use, so that override_settings() works.
 
-So is what follows from them: the name of the site, its keys, and the address of its endpoints. A property raises
-ImproperlyConfigured for a value that cannot be used; checks.py turns it into a system check error.
+What follows from the settings is here too: the name of the site, its keys, the address of its endpoints. A property
+raises ImproperlyConfigured for a value that cannot be used; checks.py turns it into a system check error.
 """
 
 from __future__ import annotations

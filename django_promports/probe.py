@@ -1,7 +1,7 @@
 """Probing: asking ports over HTTP whether a worker of this site is there, and what it does.
 
-An answer is not trusted: any program may hold the port. Only an endpoint that proves that it belongs to this
-site is live, and of its answer only plausible values are kept.
+An answer is not trusted: any program may hold the port. Only an endpoint that proves that it belongs to this site is
+live, and of its answer only plausible values are kept.
 """
 
 from __future__ import annotations

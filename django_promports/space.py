@@ -7,7 +7,7 @@ from collections import deque
 
 
 class Space:
-    """Free pieces, each known by where it begins. quarantine: seconds until a piece that was in use is free."""
+    """Free pieces, each known by where it begins. quarantine: seconds until a piece that was in use is ready."""
 
     def __init__(self, quarantine: float = 0.0) -> None:
         self._quarantine = quarantine

@@ -2,8 +2,8 @@
 
 docs/ledger-format.md is the specification. A kill between any two stores leaves a file that can be read: a record is in
 its slot before one store publishes it, and one store forgets it. So does an exception that a signal handler raises
-between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, so
-that no reader takes new counts there for those of the forgotten series.
+between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, so that no reader takes
+new counts there for those of the forgotten series.
 """
 
 from __future__ import annotations

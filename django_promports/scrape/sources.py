@@ -24,8 +24,8 @@ class Source(Protocol):
     """Reads the children of a metric. What a child is depends on the source.
 
     get_labels: returns the label values of one. get_created: when each was made. find_cells: the first cell of each in
-    the ledger; none if one of them is not there. read: numbers, followed by exemplars if there are any, and the
-    exemplars alone. collect: the metric as if it had this child only. All raise Unknown for what they do not know.
+    the ledger; none if one of them is not there. read: numbers, followed by exemplars if there are any, and the latter
+    once more. collect: the metric as if it had this child only. All raise Unknown for what they do not know.
     """
 
     def get_labels(self, child: Any) -> tuple[str, ...]: ...
