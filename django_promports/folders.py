@@ -1,4 +1,4 @@
-"""The ledger folder: created for one user only, and refused if it is a symbolic link or others may write to it."""
+"""The folder that ledgers are in: made for one user only, and refused where others might write to it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ForeignFolder(PermissionError):
 
 
 def make_folder(path: Path) -> bool:
-    """Create the ledger folder, for this user only; return False if it exists already.
+    """Make the folder of the ledgers, for this user only; False if it was there already.
 
-    Raises OSError if it cannot be created, PermissionError if check_folder() refuses it.
+    Raises OSError if it cannot be made, PermissionError if it is a link, or another user's, or others may write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True)

@@ -66,7 +66,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
-        """Open or create the file; drop series that no longer change, and numbers that are not finite.
+        """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
         file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
