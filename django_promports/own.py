@@ -1,4 +1,4 @@
-"""The package's own metrics, promports_*. endpoint.py counts the scrapes, worker.py sets the gauges.
+"""The package's own metrics, promports_*.
 
 They are created when the process first serves, never at import: with PROMETHEUS_MULTIPROC_DIR set, prometheus_client
 opens a file for each new metric, and if that failed, the site would not start. With it set, a check forbids serving.

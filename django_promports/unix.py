@@ -1,4 +1,4 @@
-"""The platform: whether it has what the package needs (forks, users and file locks), and locking a file.
+"""What the package needs from the operating system: forks, users and file locks; whether it has them, and locking.
 
 Where they are missing (Windows), every module still imports, no process claims a port, and checks.py reports it once.
 """
