@@ -45,7 +45,7 @@ RANGE_FULL, RELOAD = "range_full", "reload"
 
 
 class Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still hold their ports, or the user may yet change."""
+    """It is too early: the old workers of a reload hold their ports, or this process may yet change its user."""
 
 
 class Holder:
