@@ -178,7 +178,7 @@ class Binding:
         self.acts.do(forget)
 
     def forget_unmade(self, metric: Any, concerns: Callable[[Labels], bool]) -> None:
-        """Remove the unmade series of a metric from the ledger whose label values `concerns` is true for."""
+        """Remove from the ledger those unmade series of a metric for whose label values `concerns` is true."""
 
         def forget() -> None:
             unmade = self._unmade.get(metric._name)
@@ -317,7 +317,7 @@ class Binding:
             self._forget(family)
 
     def _install(self) -> None:
-        """Be told what is registered, unregistered and reset from now on."""
+        """Notice each registration, unregistration and reset from now on."""
         if self._installed:
             return
         self._installed = True

@@ -30,8 +30,8 @@ from django_promports.thread import PAUSE_SECONDS
 
 logger = logging.getLogger("django_promports")
 
-# Seconds between two attempts of the retry thread. gunicorn's HUP frees the old workers' ports within a second.
-RETRY_SECONDS = 0.5
+# Seconds between two attempts of the retry thread: in a reload the old workers are about to free their ports.
+RETRY_SECONDS, RELOAD_RETRY_SECONDS = 0.5, 0.2
 # In a reload the new workers start before the old ones stop. So that the instances stay the same, a new worker waits
 # this long for a port that an older one holds. A worker that claimed less than this before the new one started is not
 # an older one: a server starts its workers one after the other.
@@ -41,7 +41,7 @@ HAND_OVER_SECONDS = 0.5
 
 
 class Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still hold their ports, or the user may yet change."""
+    """It is too early: the old workers of a reload hold their ports, or this process may yet change its user."""
 
 
 class Holder:
@@ -275,7 +275,7 @@ class Holder:
             while True:
                 if self.waiting_for and self.waiting_sign is None:
                     self.waiting_sign = presence.announce_waiting(self._read_terms().ports)
-                if self._stopping.wait(RETRY_SECONDS):
+                if self._stopping.wait(RELOAD_RETRY_SECONDS if self.waiting_for == RELOAD else RETRY_SECONDS):
                     return
                 with self.lock:
                     if self._stopping.is_set() or self.endpoint is not None:

@@ -1,4 +1,4 @@
-"""The layout of a ledger file, version 3: where everything stands, and how index records are written and found.
+"""The layout of a ledger file, version 3: offsets, sizes, and how index records are encoded and found.
 
 docs/ledger-format.md is the specification. This module needs neither fcntl nor mmap, so that any process can use it.
 """
@@ -20,7 +20,7 @@ MAGIC = b"promport"
 VERSION = 3
 BYTE_ORDER = 0x01020304
 HEADER = struct.Struct("=8sIIQ32s")  # magic, version, byte order, size, site; its CRC-32 follows
-# Native ones, as struct writes these with one store, and "=I" byte by byte: a kill or a reader might see half of it.
+# Native formats: struct writes them with one store, but "=I" byte by byte, so that a kill could leave half a number.
 WORD = struct.Struct("I")
 LONG = struct.Struct("Q")
 NUMBER = struct.Struct("d")
@@ -141,7 +141,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(payload: bytes) -> Record:
-    """Return the record in a payload. Raises ValueError, TypeError or LookupError if it is none."""
+    """Return the record in a payload. Raises ValueError, TypeError or LookupError if it holds none."""
     return _make_record(json.loads(payload))
 
 
@@ -191,7 +191,7 @@ class Index(NamedTuple):
 def read_index(index: bytes, begin: int) -> Index:
     """Read an index, or the first part of one, that begins at this place of the file.
 
-    Raises ValueError, TypeError or LookupError for a record that is whole and says nothing.
+    Raises ValueError, TypeError or LookupError for a record that is complete but malformed.
     """
     places: list[int] = []
     payloads: list[bytes] = []

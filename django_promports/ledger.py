@@ -41,7 +41,7 @@ __all__ = ["Family", "Ledger", "LedgerFull", "LedgerLocked"]
 
 logger = logging.getLogger("django_promports")
 
-# A series that nobody touched for this long, and that was scraped since, is dropped at the next claim. Shorter, and a
+# A series that did not change for this long, and was scraped since then, is dropped at the next claim. Shorter, and a
 # counter that grows once an hour would restart from zero each time, which PromQL does not count.
 FORGET_SECONDS = 24 * 3600.0
 # Seconds to wait for the lock: a process that ends frees its port a moment before its files.
@@ -53,7 +53,7 @@ class LedgerLocked(Exception):
 
 
 class Copy(NamedTuple):
-    """What a new file has from the start."""
+    """The initial content of a new file."""
 
     content: Content
     scraped_at: float = 0.0
@@ -137,9 +137,9 @@ class Ledger:
             self._storage.write_number(SCRAPED_AT, max(began, self.scraped_at))
 
     def close(self, *, seal: bool = True, remove: bool = False) -> None:
-        """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
+        """Close the file, and release its lock. A seal shows the next holder whether the file was changed meanwhile.
 
-        Nobody may use the cells any more. In a forked child of the holder (seal=False) this only lets go of what
+        The cells must not be used any more. In a forked child of the holder (seal=False) this only lets go of what
         the child inherited. remove: remove the file as well.
         """
         if remove:  # while the lock is held
@@ -173,9 +173,9 @@ class Ledger:
             return self._renew(Copy([]))
 
     def _tidy(self) -> None:
-        """Note which series the last holder touched, and forget those that nobody did for long.
+        """Note which series the last holder changed, and forget those that did not change for long.
 
-        Numbers that are not finite are zero from here on, and what gauges said went with their process.
+        Numbers that are not finite become zero. Gauges are forgotten: they described a process that has ended.
         """
         now, scraped, storage = time.time(), self.scraped_at, self._storage
         cells, senseless = storage.cells, []

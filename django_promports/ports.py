@@ -39,7 +39,7 @@ class Claim(NamedTuple):
 def parse_ports(value: object) -> tuple[int, ...]:
     """Return the ports of a `range`, a sequence of ports or "19100-19131" (both ends included), lowest first.
 
-    Raises ValueError that says what is wrong.
+    Raises ValueError, with what is wrong.
     """
     ports: Sequence[object]
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Read ledgers of other processes, while they count in them and whatever becomes of the file meanwhile.
+"""Read the ledgers of other processes while they count in them, even if a file is truncated or replaced meanwhile.
 
-Nothing is mapped: a hole that a full file system cannot back, or a truncated file, would kill whoever maps it (SIGBUS).
-docs/ledger-format.md says what a reader has to do; this module follows it.
+Nothing is mapped: a hole that a full file system cannot back, or a truncated file, would kill the reader (SIGBUS).
+docs/ledger-format.md specifies what a reader has to do; this module follows it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from django_promports.layout import (
 from django_promports.processes import Identity, may_run
 from django_promports.version2 import read_old_families
 
-# Attempts to read a file that changes too fast, or a reader that is stopped too often.
+# Attempts to read a file that changes while it is read, or that takes too long to read.
 ATTEMPTS = 5
 
 Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
@@ -86,7 +86,7 @@ class Reading(NamedTuple):
 
 
 class Reader:
-    """Reads one ledger, again and again. It follows the path to the file that is there now."""
+    """Reads one ledger repeatedly, and opens the new file if the old one was replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,9 +94,9 @@ class Reader:
         self._known: tuple[bytes, dict[int, Record]] = b"", {}
 
     def read(self) -> Reading | None:
-        """Return what the ledger holds; None if there is none, or one that was never begun.
+        """Return what the ledger holds; None if the file does not exist, or is still empty.
 
-        Raises LedgerDamaged if it is another kind of file, TimeoutError if reading takes too long each time, and
+        Raises LedgerDamaged if it is not a ledger or is damaged, TimeoutError if reading takes too long each time, and
         OSError if it cannot be read.
         """
         for _ in range(ATTEMPTS):
@@ -146,7 +146,7 @@ class Reader:
         before = self._read_records(file, size, index_at)
         cells = _read_cells(file, before.values())
         after = self._read_records(file, size, index_at)
-        if after is not before:  # what is in both was there all the time
+        if after is not before:  # a record that is in both was valid all the time
             before = {slot: record for slot, record in before.items() if after.get(slot) == record}
         return _collect(before, cells)
 

@@ -2,8 +2,8 @@
 
 docs/ledger-format.md is the specification. A kill between any two stores leaves a file that can be read: a record is in
 its slot before one store publishes it, and one store forgets it. So does an exception that a signal handler raises
-between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, when no reader can take
-what is counted there then for its numbers.
+between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, so that no reader takes
+new counts there for those of the forgotten series.
 """
 
 from __future__ import annotations
@@ -172,17 +172,17 @@ class Storage:
         self._write_word(SEAL_AT, OPEN)
 
     def close(self, *, seal: bool) -> None:
-        """Close the file. Sealed, the next holder can tell whether it rested unharmed."""
+        """Close the file. A seal shows the next holder whether it was changed meanwhile."""
         if seal:
             self._retract()
-            self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have come between
+            self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have interrupted a change
             self.write_long(END_AT, self._index_end)
             self._write_word(SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
         self.unmap()
         os.close(self.file)
 
     def unmap(self) -> None:
-        """Let go of the file, but not of the lock on it."""
+        """Unmap the file, but keep it open and locked."""
         for view in (self.cells, self._words, self._longs):
             view.release()
         self._map.close()
@@ -242,7 +242,7 @@ class Storage:
         return len(self._slots) - self._slots.count(0)
 
     def _forget_series(self, family: Family, first: int) -> None:
-        if slot := self._slots[first]:  # else an exception interrupted whoever forgot it before
+        if slot := self._slots[first]:  # 0: an exception interrupted an earlier attempt to forget it
             size = self._free_slot(slot)
             self._slots[first] = 0
             self._free.add(slot, size)
@@ -299,7 +299,7 @@ class Storage:
             self._holes.give_back(position, self._cells_end - position)
 
     def _apply(self, slot: int, record: Record) -> None:
-        """Know a record that is in this slot, one that was just published or one that was found there."""
+        """Take over a record in this slot: one that was just published, or one that was found in the file."""
         if isinstance(record, SeriesRecord):
             number, labelvalues, first = record
             if not 0 <= first < self.layout.cells:
@@ -344,7 +344,7 @@ class Storage:
         return first
 
     def _publish(self, record: Record) -> None:
-        """Write a record and know it from then on."""
+        """Write a record to the file, and apply it."""
         payload = encode(record)
         self._retract()
         size = len(payload) + SLOT.size

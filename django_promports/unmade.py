@@ -40,7 +40,7 @@ class Unmade(NamedTuple):
 
 
 def read_shape(kind: Kind, metric: Any) -> tuple[str, Labels, Labels]:
-    """Return what the shape of a metric's family is."""
+    """Return the shape that the family of a metric must have."""
     return metric._type, tuple(metric._labelnames), kind.read_bounds(metric)
 
 

@@ -1,8 +1,8 @@
-"""What a ledger of version 2 holds, for those that read it and for the conversion when it is taken over.
+"""Ledgers of version 2: what they hold, for readers and for ledger.py, which converts one when it is taken over.
 
-Its header, seal, end of the index, times and cells stand where those of version 3 do. Its index only grows: a record
-after the other, {uint32 length, uint32 CRC-32, JSON, padding to 8 bytes}; the first with length 0 is the end. Families
-are numbered in their order, and ["forget", family number, labels] or ["forget", family number] removes.
+Header, seal, end of the index, times and cells are at the same offsets as in version 3. The index is a log of records,
+{uint32 length, uint32 CRC-32, JSON, padding to 8 bytes}; the first with length 0 is the end. Families are numbered in
+their order, and ["forget", family number, labels] or ["forget", family number] removes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from django_promports.layout import (
     count_values,
 )
 
-# The index may reach a record beyond the end that is written down.
+# The index may reach a record beyond its recorded end.
 SLACK = 64 * 1024
 
 
@@ -46,7 +46,7 @@ class OldIndex(NamedTuple):
 
 
 def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
-    """Return what a file holds that no process has open, and when it was scraped and opened.
+    """Return the content of a file that no process has open, and when it was last scraped and opened.
 
     Raises LedgerDamaged.
     """
@@ -66,7 +66,7 @@ def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
 
 
 def read_old_families(file: int, layout: Layout) -> Content:
-    """Return what a file holds that a process may have open.
+    """Return the content of a file that a process may have open.
 
     Raises ValueError, TypeError or LookupError if it is damaged, or if a record is being written.
     """

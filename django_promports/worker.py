@@ -104,7 +104,7 @@ def _on_handler() -> None:
 
 
 def _is_inside_command() -> bool:
-    """Whether a management command runs in this process, in any thread: runserver loads the site in its second."""
+    """Whether a management command runs in this process, in any thread: runserver loads the site in a second one."""
     for frame in sys._current_frames().values():
         caller: FrameType | None = frame
         while caller is not None:

@@ -130,8 +130,12 @@ class Site:
         return {port: about for port in self.ports if (about := describe(port, self.token))}
 
     def live(self) -> dict[int, int]:
-        """Return the pid of each live port."""
-        return {port: about["pid"] for port, about in self.abouts().items()}
+        """Return the pid of each worker by its port."""
+        return {port: about["pid"] for port, about in self.abouts().items() if about.get("role") != "heir"}
+
+    def heirs(self) -> dict[int, int]:
+        """Return the pid of the heir of each port that has one."""
+        return {port: about["pid"] for port, about in self.abouts().items() if about.get("role") == "heir"}
 
     def wait_for_workers(self, count: int = 4) -> dict[int, int]:
         return self.child.wait_until(
@@ -156,7 +160,7 @@ class Site:
         )
 
     def total(self, sample: str = "django_http_requests_before_middlewares_total") -> float:
-        return sum(scrape(port)[sample] for port in self.live())
+        return sum(scrape(port).get(sample, 0) for port in self.abouts())
 
 
 @contextlib.contextmanager
@@ -336,9 +340,14 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(
-    program: str, folder: Path, port: int, config: str | None = None, change_rules: Callable[[str], str] = str
+    program: str,
+    folder: Path,
+    port: int,
+    config: str | None = None,
+    change_rules: Callable[[str], str] = str,
+    seconds: int = 1,
 ) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's configuration and rules, or others, but with intervals of one second."""
+    """Run Prometheus with the project's configuration and rules, or others, but with intervals of so many seconds."""
     (folder / "targets").mkdir()
     (folder / "rules").mkdir()
     for path in (ROOT / "prometheus/rules").iterdir():
@@ -346,7 +355,7 @@ def prometheus(
     if config is None:
         config = (ROOT / "prometheus/prometheus.yml").read_text()
     assert "_interval: 5s" in config
-    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", "_interval: 1s"))
+    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", f"_interval: {seconds}s"))
     arguments = [
         program,
         f"--config.file={folder}/prometheus.yml",

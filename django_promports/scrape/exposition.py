@@ -1,6 +1,7 @@
-"""The exposition of a registry: one scrape after the other.
+"""The exposition of a registry: one scrape after the other, in the format that is asked for.
 
-Metrics that `kinds` knows are rendered from kept text, everything else by prometheus_client itself.
+Metrics that `kinds` knows are rendered from kept text, everything else by prometheus_client itself. If a collector
+raises, only its own metrics are missing; each failure is counted, and the first one logged.
 
 A scrape gives the interpreter up again and again, and the site makes, removes and registers metrics meanwhile. So it
 decides at its start which metrics it shows, and reads each from the family that the metric has then.
@@ -69,7 +70,7 @@ class Exposition:
         self._with_created = created
         self.forms: dict[tuple[str, bool], Form] = {}
         self._scrapes = 0
-        # By id(), here and below: what the site has written may not even be hashable when it is asked again.
+        # By id(), here and below: __hash__ and __eq__ of a collector are code of the site, and may raise.
         self._failing: dict[int, object] = {}
         self._warned = False
 
@@ -296,7 +297,7 @@ class Exposition:
             if scrape.turn.is_over():
                 yield from scrape.turn.rest()
         if not is_whole:
-            self._fail(key, "%s has text or numbers that make no sense; those are left out, the others are served.")
+            self._fail(key, "%s has text or numbers that cannot be encoded; those are left out, the others are served.")
         elif doubt is not None:
             self._warn(key, doubt)
 
@@ -310,7 +311,7 @@ class Exposition:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s is not what django_promports knows of prometheus_client. Scrapes are right, but slower.",
+                "%s differs from what django_promports knows of prometheus_client. Scrapes are correct, but slower.",
                 _describe(key),
                 exc_info=error,
             )

@@ -21,7 +21,7 @@ class Unknown(Exception):
 
 
 class Source(Protocol):
-    """Reads children, whatever those are to it.
+    """Reads the children of a metric. What a child is depends on the source.
 
     get_labels: returns the label values of one. get_created: when each was made. find_cells: the first cell of each in
     the ledger; none if one of them is not there. read: numbers, followed by exemplars if there are any, and the latter
