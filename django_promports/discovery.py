@@ -27,4 +27,4 @@ def survey(loop: Loop) -> Steps[Overview]:
     origin = None if guarded else make_origin(conf.scheme, conf.PROMPORTS_TARGET_HOST)
     found = yield from probe.survey(loop, site, conf.local_address, ports)
     workers = [seen for seen in found if seen.state != State.FREE]
-    return Overview(site.project, ports, workers, count_waiting(ports), origin)
+    return Overview(site.project, ports, workers, count_waiting(ports), origin, conf.PROMPORTS_ADDRESS)

@@ -69,15 +69,15 @@ class Answer(NamedTuple):
 
 
 class Scraped(NamedTuple):
-    """The complete scrapes of a port: how many, who made the last one, how long ago, and how long after the one before.
+    """The complete scrapes of a port: their number, who made the last one, how long ago, and how long after the former.
 
-    ago, interval: seconds. They and the address are None or empty where there was no such scrape.
+    What is not known is None or empty.
     """
 
-    count: int
+    total: int
     by: str = ""
-    ago: float | None = None
-    interval: float | None = None
+    seconds_ago: float | None = None
+    interval_seconds: float | None = None
 
 
 class Seen(NamedTuple):
@@ -104,6 +104,10 @@ class Seen(NamedTuple):
     @property
     def is_worker(self) -> bool:
         return self.state == State.LIVE and self.role != Role.HEIR
+
+    @property
+    def is_never_scraped(self) -> bool:
+        return self.scraped is not None and not self.scraped.total
 
 
 class Site(NamedTuple):
@@ -167,7 +171,7 @@ def read(host: str, port: int, answer: Answer) -> Seen:
         _whole(about.get("series")),
         samples=_read_samples(about.get("activity")),
         role=_read_role(answer),
-        scraped=_read_scraped(about.get("scrapes")),
+        scraped=read_scraped(about.get("scrapes")),
     )
 
 
@@ -306,9 +310,9 @@ def _read_role(answer: Answer) -> Role | None:
     return Role.HEIR if answer.about.get("role") == Role.HEIR.value else Role.WORKER
 
 
-def _read_scraped(value: Any) -> Scraped | None:
+def read_scraped(value: Any) -> Scraped | None:
     """Return what an answer tells of scrapes; None if it is malformed."""
-    if not isinstance(value, dict) or (count := _whole(value.get("count"))) is None:
+    if not isinstance(value, dict) or (count := _whole(value.get("total"))) is None:
         return None
     by, ago, interval = value.get("by"), _number(value.get("seconds_ago")), _number(value.get("interval_seconds"))
     if not count or not isinstance(by, str) or not re.fullmatch(r"[0-9a-zA-Z.:%_-]{1,64}", by) or ago is None:

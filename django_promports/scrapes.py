@@ -100,10 +100,10 @@ class Scrapes:
         """Return what / shows of a port: how many scrapes, who made the last one, its age, and the interval."""
         scrapers = [scraper for scraper in self._scrapers.values() if port in scraper.times]
         if not scrapers:
-            return {"count": self._counts[port]}
+            return {"total": self._counts[port]}
         last = max(scrapers, key=lambda scraper: scraper.times[port])
         return {
-            "count": self._counts[port],
+            "total": self._counts[port],
             "by": last.address,
             "seconds_ago": round(monotonic() - last.times[port], 3),
             "interval_seconds": round(last.interval, 3),

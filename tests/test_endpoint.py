@@ -161,7 +161,7 @@ def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable
     assert b'href="/targets"' in page
     assert b"&lt;1&gt;" in page
     assert data_headers["Content-Type"] == "application/json"
-    assert json.loads(data) == {"port": served.port, "pid": "<1>", "scrapes": {"count": 0}}
+    assert json.loads(data) == {"port": served.port, "pid": "<1>", "scrapes": {"total": 0}}
 
 
 def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(

@@ -166,7 +166,7 @@ def test_another_request_is_not_a_complete_scrape(
     assert served.ask(**request_) == status
 
     assert served.noted == []
-    assert served.scrapes.describe(served.port) == {"count": 0}
+    assert served.scrapes.describe(served.port) == {"total": 0}
 
 
 def test_our_own_probes_are_not_complete_scrapes(serve: Callable[..., Served]) -> None:
@@ -330,7 +330,7 @@ def test_two_scrapers_behind_one_address_have_intervals_of_their_own(serve: Call
     assert gauges("promports_last_scrape_timestamp_seconds") == {"127.0.0.1": served.noted[-1]}
 
     shown: Any = served.scrapes.describe(served.port)
-    assert shown["count"] == 12
+    assert shown["total"] == 12
     assert shown["by"] == "127.0.0.1"
     assert shown["interval_seconds"] >= passed - 0.001
 
@@ -345,8 +345,8 @@ def test_ports_of_one_process_do_not_share_their_intervals() -> None:
     for port in range(3 * MAX_SCRAPERS):
         scrapes.note(request, "10.0.0.7", port, time.time())
     assert scrapes.longest_interval > 0
-    assert scrapes.describe(0)["count"] == 2
-    assert scrapes.describe(9999) == {"count": 0}
+    assert scrapes.describe(0)["total"] == 2
+    assert scrapes.describe(9999) == {"total": 0}
 
 
 def test_the_scrapers_that_are_remembered_are_limited() -> None:

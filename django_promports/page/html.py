@@ -6,6 +6,7 @@ content every few seconds; without it, the browser reloads the page.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from base64 import b64encode
 from collections import Counter
@@ -22,10 +23,11 @@ from django_promports.page.overview import Overview
 from django_promports.page.rates import NOW_SECONDS, Rate, add_up, mean, measure_all, measure_now
 from django_promports.ports import format_ports
 from django_promports.presence import format_waiting
-from django_promports.probe import Seen, State
+from django_promports.probe import Role, Scraped, Seen, State, read_scraped
 
 REFRESH_SECONDS = 5
 NOTHING = "\N{EN DASH}"
+NEVER = "never"
 
 STYLE = Path(__file__).with_name("page.css").read_text("utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
@@ -36,6 +38,7 @@ STATES = {
     State.SILENT: ("\N{WHITE CIRCLE}", "it does not answer in time"),
     State.OTHER: ("\N{BLACK UP-POINTING TRIANGLE}", "another program or site has the port"),
 }
+HEIR = ("\N{FISHEYE}", "a process exports the last counts of a worker that has ended")
 
 
 def _hash(text: str) -> str:
@@ -125,16 +128,45 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} m {rest} s" if minutes else f"{rest} s"
 
 
+def format_scraped(scraped: Scraped) -> str:
+    """Return when a port was scraped, by whom and how often, as text: 3 s ago by 10.0.0.7, every 15 s."""
+    if scraped.seconds_ago is None:
+        return NEVER
+    interval = scraped.interval_seconds
+    every = "" if interval is None else f"{interval:.2g} s" if interval < 10 else format_duration(round(interval))
+    return f"{format_duration(scraped.seconds_ago)} ago by {scraped.by}" + (f", every {every}" if every else "")
+
+
+def format_live(live: int, heirs: int) -> str:
+    """Return how many ports are live, and how many of these are served by an heir."""
+    return f"{live} live" + (f" ({heirs} for workers that have ended)" if heirs else "")
+
+
+def format_unscraped(number: int, workers: int, address: str) -> str:
+    """Return a hint for workers that were never scraped. The most common reason is the address of their ports."""
+    hint = "No worker was ever scraped." if number == workers else f"{number} of {workers} workers were never scraped."
+    if address and ipaddress.ip_address(address).is_loopback:
+        hint += f" PROMPORTS_ADDRESS is {address}: a Prometheus on another machine cannot reach this address."
+    return hint
+
+
 def _draw_summary(found: Overview) -> Iterator[str]:
     states = Counter(worker.state for worker in found.workers)
     free = len(found.ports) - len(found.workers)
     ports = f" in {format_ports(found.ports)}" if found.ports else ""
-    counts = [f"{states[state]} {state}" for state in STATES if states[state] or state == State.LIVE]
+    others = (state for state in STATES if states[state] and state != State.LIVE)
+    workers = [seen for seen in found.workers if seen.is_worker]
+    counts = [
+        format_live(states[State.LIVE], states[State.LIVE] - len(workers)),
+        *(f"{states[state]} {state}" for state in others),
+    ]
     yield f"<p>{', '.join(counts)}, {free} of {len(found.ports)} ports free{escape(ports)} "
     yield f'<span class="soft">\N{MIDDLE DOT} {escape(found.project)}</span></p>\n'
     if found.waiting:
         yield f'<p class="warning">{escape(format_waiting(found.waiting))}; widen PROMPORTS_PORT_RANGE.</p>\n'
-    if found.ports and not states[State.LIVE] + states[State.SILENT]:
+    if never := sum(seen.is_never_scraped for seen in workers):
+        yield f'<p class="warning">{escape(format_unscraped(never, len(workers), found.address))}</p>\n'
+    if found.ports and not states[State.SILENT] and not workers:
         yield '<p class="soft">No worker of this site holds a port: is the server running?</p>\n'
 
 
@@ -186,7 +218,7 @@ def _draw_row(
 ) -> Iterator[str]:
     port, now = worker.port, measure_now(worker.samples)
     is_live = worker.state == State.LIVE
-    shape, meaning = STATES[worker.state]
+    shape, meaning = HEIR if worker.role == Role.HEIR else STATES[worker.state]
     base = escape(f"{origin}:{port}")
     link = f'<a href="{base}/">{port}</a>' if origin and is_live else port
     current = ' aria-current="true"' if is_own else ""
@@ -194,9 +226,14 @@ def _draw_row(
     yield f'<th role="rowheader" scope="row">{link}'
     yield f"{' <small>this one</small>' if is_own else ''}</th>\n"
     yield f'<td role="cell" class="what"><span class="state {escape(worker.state)}" title="{escape(meaning)}">'
-    yield f'<span aria-hidden="true">{shape}</span> {escape(worker.state)}</span>'
+    role = ", heir" if worker.role == Role.HEIR else ""
+    yield f'<span aria-hidden="true">{shape}</span> {escape(worker.state)}{role}</span>'
     note = worker.reason or worker.command
-    yield f"<br><small>{escape(note)}</small></td>\n" if note else "</td>\n"
+    yield f"<br><small>{escape(note)}</small>" if note else ""
+    if worker.scraped is not None:
+        kind = ' class="warning"' if worker.is_never_scraped else ""
+        yield f"<br><small{kind}>scraped: {escape(format_scraped(worker.scraped))}</small>"
+    yield "</td>\n"
     for name, text in (
         ("Process", _or_nothing(worker.pid, str)),
         ("Uptime", _or_nothing(worker.uptime, format_duration)),
@@ -225,6 +262,8 @@ def _draw_own(own: Mapping[str, object]) -> Iterator[str]:
     yield '<h2>This process</h2>\n<p>Prometheus scrapes it at <a href="/metrics">/metrics</a>. '
     yield 'The ports of all workers are listed at <a href="/targets">/targets</a>, as http_sd.</p>\n<dl>\n'
     for name, value in own.items():
+        if name == "scrapes" and (scraped := read_scraped(value)):
+            name, value = "scraped", format_scraped(scraped)
         yield f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>\n"
     yield "</dl>\n"
 

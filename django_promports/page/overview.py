@@ -13,7 +13,8 @@ class Overview(NamedTuple):
     """What a survey of the ports of one machine found.
 
     workers: the ports that are not free. waiting: how many processes wait for a port. origin: scheme and host of links
-    to the workers, as in "http://[::1]"; None where a browser cannot open them.
+    to the workers, as in "http://[::1]"; None where a browser cannot open them. address: of
+    their ports.
     """
 
     project: str
@@ -21,6 +22,7 @@ class Overview(NamedTuple):
     workers: Sequence[Seen]
     waiting: int
     origin: str | None
+    address: str = ""
 
 
 def make_origin(scheme: str, host: str) -> str:

@@ -19,7 +19,7 @@ from django_promports.conf import conf
 from django_promports.kubernetes import dump_kubernetes
 from django_promports.loop import Loop
 from django_promports.presence import count_waiting, format_waiting
-from django_promports.probe import State
+from django_promports.probe import Role, State
 from django_promports.stopping import parse_seconds, stop_signals
 
 
@@ -149,10 +149,11 @@ class Command(BaseCommand):
         idle, faults = dict.fromkeys(asked), 0
         for seen in found:
             pid = f"pid {seen.pid}" if seen.state == State.LIVE else ""
-            words = ", ".join(filter(None, [pid, seen.reason]))
+            role = "with the last counts of a worker that has ended" if seen.role == Role.HEIR else ""
+            words = ", ".join(filter(None, [" ".join(filter(None, [pid, role])), seen.reason]))
             self.stdout.write(f"{targets.format_target(seen.host, seen.port)}  {seen.state:6}  {words}".rstrip())
             faults += bool(seen.reason)
-            if seen.state == State.LIVE:
+            if seen.is_worker:
                 idle.pop(seen.host, None)
         wrong = [f"{faults} of {len(found)} ports cannot be scraped"] if faults else []
         if idle:

@@ -19,13 +19,14 @@ from django_promports import probe
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
-from django_promports.page.html import format_duration
+from django_promports.owed import find_unserved
+from django_promports.page.html import NEVER, format_duration, format_live, format_scraped, format_unscraped
 from django_promports.ports import format_ports
 from django_promports.presence import count_waiting, format_waiting
-from django_promports.probe import Seen, State
+from django_promports.probe import Role, Scraped, Seen, State
 from django_promports.stopping import parse_seconds, stop_signals
 
-COLUMNS = ("port", "state", "pid", "command", "uptime", "series", "scrape")
+COLUMNS = ("port", "state", "role", "pid", "command", "uptime", "series", "scrape", "scraped")
 # Columns of numbers are aligned right.
 RIGHT = {"port", "pid", "uptime", "series", "scrape"}
 COLOURS = {State.LIVE: "green", State.SILENT: "yellow", State.OTHER: "red"}
@@ -36,8 +37,10 @@ Rows = Sequence[dict[str, Any]]
 
 class Command(BaseCommand):
     help = (
-        "Shows the state of each port of PROMPORTS_PORT_RANGE: live (a worker of this site answers), free, "
-        "other (another program or site holds it) or silent (connected, but no answer in time)."
+        "Shows the state of each port of PROMPORTS_PORT_RANGE: live (a process of this site answers), free, "
+        "other (another program or site holds it) or silent (connected, but no answer in time). A live process is the "
+        "worker that has claimed the port, or the heir of one that has ended: it exports the last counts. `scrape` is "
+        "how long this command waited for the metrics, `scraped` who else received all of them last."
     )
     requires_system_checks = (TAG,)
 
@@ -102,7 +105,8 @@ class Command(BaseCommand):
             for name in header:
                 table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
             for port, state, *others in cells:
-                table.add_row(port, Text(state, COLOURS[State(state)]), *map(Text, others))
+                shown = [Text(text, "bold yellow" if text == NEVER else "") for text in others]
+                table.add_row(port, Text(state, COLOURS[State(state)]), *shown)
             summary, *warnings = _summary(rows, waiting)
             # A low terminal cuts off the end, so the summary comes first.
             top = Text(f"{strftime('%X')}  {summary}")
@@ -124,18 +128,23 @@ def _inspect() -> tuple[Rows, int]:
     ports = conf.PROMPORTS_PORT_RANGE
     with contextlib.closing(Loop()) as loop:
         found = loop.complete(probe.inspect(loop, conf.site, {conf.local_address: ports}))
-    return [_row(seen) for seen in found], count_waiting(ports)
+    unserved = find_unserved(conf.PROMPORTS_LEDGER_DIR, conf.project, found)
+    return [_row(seen, unserved.get(seen.port)) for seen in found], count_waiting(ports)
 
 
-def _row(seen: Seen) -> dict[str, Any]:
+def _row(seen: Seen, unserved: str | None) -> dict[str, Any]:
+    scraped = seen.scraped
     return {
         "port": seen.port,
         "state": seen.state,
+        "role": seen.role,
         "pid": seen.pid,
         "command": seen.command or None,
         "uptime_seconds": seen.uptime,
         "series": seen.series,
         "scrape_seconds": seen.scrape_seconds,
+        "scrapes": None if scraped is None else scraped._asdict(),
+        "unserved": unserved,
     }
 
 
@@ -143,9 +152,16 @@ def _summary(rows: Rows, waiting: int) -> Iterator[str]:
     """Yield the summary line, then warnings."""
     states = Counter(row["state"] for row in rows)
     ports = [row["port"] for row in rows]
-    yield f"{states[State.LIVE]} live, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."
+    workers = [row for row in rows if row["role"] == Role.WORKER]
+    live = format_live(states[State.LIVE], states[State.LIVE] - len(workers))
+    yield f"{live}, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."
     if waiting:
         yield f"{format_waiting(waiting)}; widen PROMPORTS_PORT_RANGE."
+    if never := sum(row["scrapes"] is not None and not row["scrapes"]["total"] for row in workers):
+        yield format_unscraped(never, len(workers), conf.PROMPORTS_ADDRESS)
+    for reason in dict.fromkeys(row["unserved"] for row in rows if row["unserved"]):
+        owed = [row["port"] for row in rows if row["unserved"] == reason]
+        yield f"The last counts of {format_ports(owed)} may not have been scraped: {reason}."
 
 
 def _cells(rows: Rows) -> list[list[str]]:
@@ -158,11 +174,13 @@ def _cells(rows: Rows) -> list[list[str]]:
         values = [
             row["port"],
             row["state"],
+            row["role"],
             row["pid"],
             row["command"],
             None if uptime is None else format_duration(uptime),
             row["series"],
             None if scrape is None else f"{scrape * 1000:.1f} ms",
+            None if row["scrapes"] is None else format_scraped(Scraped(**row["scrapes"])),
         ]
         cells.append(["-" if value is None else str(value) for value in values])
     return cells if len(cells) > 1 else []
