@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from django_promports.layout import hash_site
 from django_promports.probe import Seen, State
 from django_promports.reading import Status, find_damage, read_status
 
-NOT_RUNNING = "no process of the site runs; the next one that starts exports them"
+NOT_RUNNING = "no process of the site runs; the next one exports them"
 # An heir adopts a port within seconds. One that nobody scrapes does not, and frees the port again.
 NO_HEIR = "no process serves the port yet; one does within seconds, or after its own first scrape"
 
@@ -28,13 +28,13 @@ class Resting(NamedTuple):
         return self.status is not None and self.status.is_owed and not self.status.is_held
 
 
-def read_folder(folder: Path, ports: Iterable[int], site: str) -> dict[int, Resting]:
+def read_folder(folder: Path | None, ports: Iterable[int], site: str) -> dict[int, Resting]:
     """Return what the folder tells of each port that has a ledger of this site, or one that cannot be read.
 
     The content of a ledger is checked if it is owed and no process holds it.
     """
     found: dict[int, Resting] = {}
-    if not os.access(folder, os.X_OK):
+    if folder is None or not os.access(folder, os.X_OK):
         return found
     key = hash_site(site)
     for port in ports:
@@ -50,17 +50,15 @@ def read_folder(folder: Path, ports: Iterable[int], site: str) -> dict[int, Rest
     return found
 
 
-def find_unserved(folder: Path | None, site: str, found: Sequence[Seen]) -> dict[int, str]:
+def find_unserved(ledgers: Mapping[int, Resting], found: Sequence[Seen]) -> dict[int, str]:
     """Return why the last counts of an ended worker cannot be scraped, for each port of which that is so.
 
     found: what was found at each port.
     """
-    if folder is None:
-        return {}
     states = {seen.port: seen.state for seen in found}
     is_running = any(seen.is_worker for seen in found)
     unserved = {}
-    for port, resting in read_folder(folder, states, site).items():
+    for port, resting in ledgers.items():
         if resting.damage:
             unserved[port] = f"the ledger cannot be read: {resting.damage}"
         elif resting.is_orphaned and states[port] == State.FREE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 import time
 from collections.abc import Iterable
@@ -218,7 +219,10 @@ def find_damage(path: Path) -> str:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if os.fstat(file).st_size:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                return "it is not a file"
+            if status.st_size:
                 read_locked(path, file)
         finally:
             os.close(file)

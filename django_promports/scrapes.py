@@ -6,6 +6,7 @@ response. Whether Prometheus kept it cannot be seen from here: a scrape over its
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ MAX_SCRAPERS = 8
 class Scraper:
     """A client that scrapes. interval, longest: seconds between two scrapes of one port, the last ones and the longest.
 
-    times: of the last scrape of each port (time.monotonic).
+    times: when the render of the last scrape of each port began (time.monotonic).
     """
 
     address: str
@@ -77,7 +78,8 @@ class Scrapes:
         if self._is_prometheus_known and not timeout:
             return False
         self._counts[port] += 1
-        key, now, own = (peer, timeout, request.header("User-Agent")), monotonic(), own_metrics()
+        key, own = (peer, timeout, request.header("User-Agent")), own_metrics()
+        now = monotonic() - max(time.time() - began, 0.0)
         scraper = self._scrapers.pop(key, None) or Scraper(peer)
         self._scrapers[key] = scraper  # the latest is the last one
         if port in scraper.times:

@@ -156,7 +156,7 @@ def test_live_asks_with_the_sites_own_certificate_and_token(
     shown, _ = call("show_targets")
 
     assert json.loads(out) == [_group(f"127.0.0.1:{free_ports[0]}", __scheme__="https")]
-    assert shown.splitlines()[-1].startswith("1 live, 14 of 15 ports free")
+    assert shown.splitlines()[-2].startswith("1 live, 14 of 15 ports free")
 
 
 # A separate process, because an endless loop could not be stopped in this one.

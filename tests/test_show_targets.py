@@ -59,18 +59,19 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
 
         out, err = call("show_targets")
 
-    *table, summary = out.splitlines()
+    *table, summary, hint = out.splitlines()
     cells = [re.split(" {2,}", re.sub(r"\d+\.\d ms", "# ms", line.strip())) for line in table]
     assert cells == [
-        ["port", "state", "pid", "command", "uptime", "series", "scrape"],
-        [str(free_ports[0]), "live", "4711", "gunicorn", "8 s", "3", "# ms"],
-        [str(free_ports[1]), "other", "-", "-", "-", "-", "-"],
-        [str(free_ports[2]), "other", "-", "-", "-", "-", "-"],
-        [str(free_ports[3]), "live", "-", "-", "-", "0", "# ms"],
+        ["port", "state", "role", "pid", "command", "uptime", "series", "scrape", "scraped"],
+        [str(free_ports[0]), "live", "worker", "4711", "gunicorn", "8 s", "3", "# ms", "never"],
+        [str(free_ports[1]), "other", "-", "-", "-", "-", "-", "-", "-"],
+        [str(free_ports[2]), "other", "-", "-", "-", "-", "-", "-", "-"],
+        [str(free_ports[3]), "live", "worker", "-", "-", "-", "0", "# ms", "never"],
     ]
     assert summary == f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}."
-    # The columns are aligned, the last one to the right.
-    assert len({len(line) for line in table}) == 1
+    assert hint.startswith("No worker was ever scraped. ")
+    # The columns are aligned, that of the seconds of a scrape to the right.
+    assert len({line.rindex(" ms") for line in table if " ms" in line} | {table[0].rindex("scrape ") + 3}) == 1
     assert err == ""
 
 
@@ -83,19 +84,23 @@ def test_json_has_every_port(free_ports: range, settings: Settings, registry: Co
     shown = json.loads(out)
     seconds = shown["targets"][0].pop("scrape_seconds")
     assert 0 < seconds < probe.ASK_SECONDS
-    unknown = {"pid": None, "command": None, "uptime_seconds": None, "series": None}
+    unknown = {"role": None, "pid": None, "command": None, "uptime_seconds": None, "series": None, "scrapes": None}
+    never = {"total": 0, "by": "", "seconds_ago": None, "interval_seconds": None}
     assert shown == {
         "targets": [
             {
                 "port": free_ports[0],
                 "state": "live",
+                "role": "worker",
                 "pid": 4711,
                 "command": "gunicorn",
                 "uptime_seconds": 8.4,
                 "series": 3,
+                "scrapes": never,
+                "unserved": None,
             },
-            {"port": free_ports[1], "state": "other", **unknown, "scrape_seconds": None},
-            {"port": free_ports[5], "state": "free", **unknown, "scrape_seconds": None},
+            {"port": free_ports[1], "state": "other", **unknown, "scrape_seconds": None, "unserved": None},
+            {"port": free_ports[5], "state": "free", **unknown, "scrape_seconds": None, "unserved": None},
         ],
         "waiting_processes": 0,
     }
@@ -126,7 +131,7 @@ def test_a_port_that_never_answers_is_silent(
     with socket.create_server(("127.0.0.1", free_ports[2])):
         out, _ = call("show_targets")
 
-    assert out.splitlines()[1].split() == [str(free_ports[2]), "silent", *["-"] * 5]
+    assert out.splitlines()[1].split() == [str(free_ports[2]), "silent", *["-"] * 7]
     assert out.splitlines()[2].startswith("0 live, 14 of 15 ports free")
 
 
@@ -306,7 +311,7 @@ def test_without_rich_a_watched_table_is_plain_text(free_ports: range) -> None:
         status = terminal.press_ctrl_c()
 
     assert "\x1b" not in terminal.text
-    assert re.search(r"\d\d:\d\d:\d\d\r\n +port +state.*\r\n *\d+ +live +4711 ", terminal.text)
+    assert re.search(r"\d\d:\d\d:\d\d\r\n +port +state.*\r\n *\d+ +live +worker +4711 ", terminal.text)
     assert "Traceback" not in terminal.text
     assert status == 0
 

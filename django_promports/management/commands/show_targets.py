@@ -19,7 +19,7 @@ from django_promports import probe
 from django_promports.checks import TAG
 from django_promports.conf import conf
 from django_promports.loop import Loop
-from django_promports.owed import find_unserved
+from django_promports.owed import find_unserved, read_folder
 from django_promports.page.html import NEVER, format_duration, format_live, format_scraped, format_unscraped
 from django_promports.ports import format_ports
 from django_promports.presence import count_waiting, format_waiting
@@ -128,7 +128,7 @@ def _inspect() -> tuple[Rows, int]:
     ports = conf.PROMPORTS_PORT_RANGE
     with contextlib.closing(Loop()) as loop:
         found = loop.complete(probe.inspect(loop, conf.site, {conf.local_address: ports}))
-    unserved = find_unserved(conf.PROMPORTS_LEDGER_DIR, conf.project, found)
+    unserved = find_unserved(read_folder(conf.PROMPORTS_LEDGER_DIR, ports, conf.project), found)
     return [_row(seen, unserved.get(seen.port)) for seen in found], count_waiting(ports)
 
 
@@ -149,16 +149,17 @@ def _row(seen: Seen, unserved: str | None) -> dict[str, Any]:
 
 
 def _summary(rows: Rows, waiting: int) -> Iterator[str]:
-    """Yield the summary line, then warnings."""
+    """Yield the summary, then warnings."""
     states = Counter(row["state"] for row in rows)
     ports = [row["port"] for row in rows]
     workers = [row for row in rows if row["role"] == Role.WORKER]
     live = format_live(states[State.LIVE], states[State.LIVE] - len(workers))
-    yield f"{live}, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."
+    summary = [f"{live}, {states[State.FREE]} of {len(rows)} ports free in {format_ports(ports)}."]
+    if never := sum(row["scrapes"] is not None and not row["scrapes"]["total"] for row in workers):
+        summary.append(format_unscraped(never, len(workers), conf.PROMPORTS_ADDRESS))
+    yield "\n".join(summary)
     if waiting:
         yield f"{format_waiting(waiting)}; widen PROMPORTS_PORT_RANGE."
-    if never := sum(row["scrapes"] is not None and not row["scrapes"]["total"] for row in workers):
-        yield format_unscraped(never, len(workers), conf.PROMPORTS_ADDRESS)
     for reason in dict.fromkeys(row["unserved"] for row in rows if row["unserved"]):
         owed = [row["port"] for row in rows if row["unserved"] == reason]
         yield f"The last counts of {format_ports(owed)} may not have been scraped: {reason}."
