@@ -151,6 +151,11 @@ def damage(path: Path, at: int, data: bytes) -> None:
         file.write(data)
 
 
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def rewrite_header(path: Path, *, version: int | None = None, site: str = "demo_site.settings") -> None:
     """Change the version and the site of a ledger."""
     with path.open("rb") as file:
@@ -171,7 +176,7 @@ def rewrite_header(path: Path, *, version: int | None = None, site: str = "demo_
         (lambda path: damage(path, SEAL_AT, b"\1\2\3\4"), "somebody changed it|changed while no process had it open"),
         (lambda path: (path.unlink(), path.mkdir()), "[Dd]irectory"),
         (lambda path: (path.unlink(), path.symlink_to("/dev/null")), "symbolic link"),
-        (lambda path: (path.unlink(), os.mkfifo(path)), "it is not a file"),
+        (make_fifo, "it is not a file"),
     ],
     ids=["header", "short", "cells end", "index end", "index begin", "seal", "folder", "link", "fifo"],
 )
@@ -305,13 +310,11 @@ def test_a_folder_of_another_user_is_not_reported_as_damage(port_range: range, t
     with worker(tmp_path, port_range, 5) as one:
         kill(one)
     # Only root can read the modules of some installations.
-    import_all = (
-        "import django, encodings.idna; django.setup(); from django.core.management import call_command as call\n"
-    )
+    import_all = "import django, encodings.idna; django.setup(); from django.core.management import call_command\n"
     import_all += "import django_promports.management.commands.show_targets\n"
     range_ = f"{port_range[0]}-{port_range[-1]}"
 
-    done = run_python(f"{import_all}{BECOME_NOBODY}call('show_targets')", DEMO_PORT_RANGE=range_)
+    done = run_python(f"{import_all}{BECOME_NOBODY}call_command('show_targets')", DEMO_PORT_RANGE=range_)
 
     assert "may not have been scraped" not in done.stdout
     assert "4 of 4 ports free" in done.stdout, done.stderr
