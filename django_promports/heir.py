@@ -27,7 +27,7 @@ from django_promports.endpoint import Endpoint, Service
 from django_promports.layout import NUMBER, SCRAPED_AT, SETTLED_AT, LedgerDamaged, hash_site
 from django_promports.ledger import LedgerLocked, open_locked
 from django_promports.loop import NEXT_TURN, READ, Loop, Steps
-from django_promports.reading import Status, read_locked, read_status
+from django_promports.reading import Reading, Status, read_locked, read_status
 from django_promports.routes import Routes
 from django_promports.scrapes import Scrapes
 from django_promports.snapshot import keep
@@ -133,38 +133,43 @@ class Heir:
         return status
 
     def _adopt(self, loop: Loop, port: int, status: Status) -> None:
+        """Serve an orphaned port, unless another process has it or its ledger."""
         path = self._find_path(port)
-        listener = ports.listen(self._terms.address, port)
-        if listener is None:  # another process was faster, or a foreign one has it
-            return
-        file = None
+        listener, file = None, None
         try:
+            listener = ports.listen(self._terms.address, port)
+            if listener is None:
+                return
             file = open_locked(path, seconds=0, create=False)
             reading = read_locked(path, file)
-            if reading.status != status:
-                raise LedgerLocked
-        except (OSError, LedgerDamaged, LedgerLocked) as error:
-            if file is not None:
-                os.close(file)
+            if reading.status == status:
+                adopted = Adopted(port, status, file, presence.open_hand_over(self._terms.key, port))
+                self._serve(loop, adopted, listener, reading)
+                return
+        except LedgerLocked:  # a process of another container, for example
+            pass
+        except (OSError, LedgerDamaged) as error:
+            self._in_vain[port] = status.opened_at, True
+            logger.warning(
+                "The last counts of port %s cannot be served: %s. They are in %s; the next process that claims the "
+                "port continues them if it can.",
+                port,
+                error,
+                path,
+            )
+        if file is not None:
+            os.close(file)
+        if listener is not None:
             listener.close()
-            if not isinstance(error, LedgerLocked):
-                self._in_vain[port] = status.opened_at, True
-                logger.warning(
-                    "The last counts of port %s cannot be shown: %s (%s). The next process to claim the port tries it "
-                    "again.",
-                    port,
-                    error,
-                    path,
-                )
-            return
-        adopted = Adopted(port, status, file, presence.open_hand_over(self._terms.key, port))
+
+    def _serve(self, loop: Loop, adopted: Adopted, listener: socket.socket, reading: Reading) -> None:
         binding = Binding(CollectorRegistry())
         binding.show(keep(reading.families))
-        routes = self._make_routes(port, binding, partial(self._note_scrape, adopted))
+        routes = self._make_routes(adopted.port, binding, partial(self._note_scrape, adopted))
         adopted.service = self._endpoint.add(listener, routes)
-        self._adopted[port] = adopted
+        self._adopted[adopted.port] = adopted
         loop.spawn(self._await_claimer(adopted))
-        logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", port, os.getpid())
+        logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", adopted.port, os.getpid())
 
     def _note_scrape(self, adopted: Adopted, began: float) -> None:
         if self._adopted.get(adopted.port) is adopted:

@@ -44,7 +44,7 @@ from django_promports.layout import (
     read_index,
     sort_records,
 )
-from django_promports.processes import Identity, may_run
+from django_promports.processes import Identity, is_running
 from django_promports.version2 import read_old_families
 
 # Attempts to read a file that changes while it is read, or that takes too long to read.
@@ -74,8 +74,8 @@ class Status(NamedTuple):
 
     @property
     def is_held(self) -> bool:
-        """Whether its holder may still have it."""
-        return not self.is_sealed and may_run(self.holder)
+        """Whether its holder is known to have it still. The lock tells it for certain, and the claim of the port."""
+        return not self.is_sealed and is_running(self.holder) is True
 
 
 class Reading(NamedTuple):

@@ -206,7 +206,9 @@ def test_an_heir_that_ends_or_hangs_strands_nothing(
     with site_under_traffic(program, free_ports, tmp_path, left=3 if end == "killed" else 2) as (site, _):
         site.wait_for_workers()
         stop_workers(site, 2, 2, random.Random(5))
-        heirs = site.child.wait_until(lambda: len(site.heirs()) == 2 and site.heirs(), "two ports have an heir")
+        heirs = site.child.wait_until(
+            lambda: heirs if len(heirs := site.heirs()) == 2 else {}, "two ports have an heir"
+        )
         heir = next(iter(heirs.values()))
         if end == "killed":
             os.kill(site.child.pid, signal.SIGTTIN)  # it takes over one of the ports
