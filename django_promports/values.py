@@ -11,11 +11,11 @@ from typing import Any
 
 from prometheus_client.values import MutexValue
 
-from django_promports.layout import STATE
+from django_promports.layout import CREATED
 
 Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an array where there is none
 # The cells of values that have none. Nobody reads them.
-NOWHERE: Cells = array("d", [0.0] * (STATE + 1))
+NOWHERE: Cells = array("d", [0.0])
 
 
 class CellValue:
@@ -28,7 +28,7 @@ class CellValue:
 
     def __init__(self, lock: Any, exemplar: Any) -> None:
         self._value = 0.0
-        self._cells, self._index = NOWHERE, STATE
+        self._cells, self._index = NOWHERE, 0
         self._lock = lock
         self._exemplar = exemplar
 
@@ -42,9 +42,10 @@ class CellValue:
             self._value = self._cells[self._index] = value
 
     def set_created(self, moment: float) -> None:
-        """Note when a counter with this value was reset; `created` is the first cell of its series."""
+        """Write to the ledger when a counter with this value was reset. Only the first value of a series can do it."""
         with self._lock:
-            self._cells[self._index - STATE] = moment
+            if self._cells is not NOWHERE:
+                self._cells[self._index + CREATED] = moment
 
     def get(self) -> float:
         with self._lock:
@@ -72,7 +73,7 @@ class CellValue:
         with self._lock:
             if not keep:
                 self._value = 0.0
-            self._cells, self._index = NOWHERE, STATE
+            self._cells, self._index = NOWHERE, 0
 
 
 class _MovedValue(MutexValue):

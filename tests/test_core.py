@@ -110,7 +110,7 @@ from django_promports.ledger import Ledger
 
 ledger = Ledger(Path(sys.argv[1]), "a site")
 for family in ledger.families.values():
-    print(family.type, len(family.read(family.series.values())) // 8)
+    print(family.record.type, len(family.read(family.series.values())) // 8)
 ledger.close()
 """
 
