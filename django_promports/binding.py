@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -26,7 +26,7 @@ from django_promports.children import Children, Labels, NoLock
 from django_promports.kinds import KINDS, Kind, find_counted, find_kind
 from django_promports.ledger import Family, Ledger, LedgerFull
 from django_promports.unmade import Unmade, merge, read_shape, sample_names
-from django_promports.values import CellValue, are_known, give_cell
+from django_promports.values import CellValue, are_known, give_cell, watch_resets
 
 logger = logging.getLogger("django_promports")
 
@@ -321,7 +321,7 @@ class Binding:
         self._installed = True
         for kind in KINDS.values():
             if kind.is_counted and hasattr(kind.cls, "reset"):
-                _watch_resets(kind)
+                watch_resets(kind)
         register, unregister = self.registry.register, self.registry.unregister
 
         def register_and_adopt(collector: Collector) -> None:
@@ -383,19 +383,3 @@ def _get_values(child: Any) -> list[Any]:
     kind = find_kind(child)
     values = kind.get_values(child) if kind is not None else []
     return values if are_known(values) else []
-
-
-def _watch_resets(kind: Kind) -> None:
-    """Make reset() write the new created time to the ledger too."""
-    reset = kind.cls.reset
-    if hasattr(reset, "notes_created"):
-        return
-
-    def reset_and_note(child: Any) -> None:
-        reset(child)
-        value = kind.get_values(child)[0]
-        if type(value) is CellValue:
-            value.set_created(child._created)
-
-    kind.cls.reset = update_wrapper(reset_and_note, reset)
-    kind.cls.reset.notes_created = True

@@ -7,10 +7,12 @@ under a value's lock, and no lock is held while an object is freed.
 from __future__ import annotations
 
 from array import array
+from functools import update_wrapper
 from typing import Any
 
 from prometheus_client.values import MutexValue
 
+from django_promports.kinds import Kind
 from django_promports.layout import CREATED
 
 Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an array where there is none
@@ -110,3 +112,19 @@ def give_cell(value: Any) -> CellValue:
         value.__class__ = _MovedValue
     CellValue.has_exemplars |= replacement._exemplar is not None
     return replacement
+
+
+def watch_resets(kind: Kind) -> None:
+    """Make reset() of a metric type write the new created time to the ledger too."""
+    reset = kind.cls.reset
+    if hasattr(reset, "notes_created"):
+        return
+
+    def reset_and_note(child: Any) -> None:
+        reset(child)
+        value = kind.get_values(child)[0]
+        if type(value) is CellValue:
+            value.set_created(child._created)
+
+    kind.cls.reset = update_wrapper(reset_and_note, reset)
+    kind.cls.reset.notes_created = True
