@@ -88,8 +88,8 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
             options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
-            exposition, activity = Exposition(Binding(registry)), Activity(registry)
-            endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
+            options.setdefault("exposition", Exposition(Binding(registry)))
+            endpoint = Endpoint(claimed.listener, activity=Activity(registry), **options)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -178,29 +178,37 @@ def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
 def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
     serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    released = threading.Event()
+
+    class Long(Exposition):
+        def render(self, *asked: Any) -> Any:
+            while not released.is_set():
+                yield
+            return (yield from super().render(*asked))
+
     monkeypatch.setattr(endpoint_module, "COUNT_PATIENCE_SECONDS", 0.1)
-    served = serve()
-    served.endpoint._rendering = True
+    exposition = Long(Binding(registry))
+    served = serve(exposition=exposition)
 
     told = json.loads(served.ask("/?activity", Accept="application/json")[2])
 
     assert told["series"] is None
-    served.endpoint._rendering = False
-    wait_until(lambda: served.endpoint._exposition.series, "the series are counted after all")
+    released.set()
+    wait_until(lambda: exposition.series, "the series are counted after all")
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
     found = []
-    asked = threading.Event()
+    asked: list[int] = []
 
     def find(loop: Loop) -> Steps[bytes]:
-        asked.set()
         found.append(1)
-        while len(loop._shared["/targets"].joiners) < 5:
+        while len(asked) < 5:
             yield from loop.give_way()
         return b'[{"targets": []}]'
 
-    served = serve(find_targets=find)
+    # The token is read in the step in which a request joins the others.
+    served = serve(find_targets=find, read_token=lambda: asked.append(1))
     answers: list[bytes] = []
     crowd = [threading.Thread(target=lambda: answers.append(served.ask("/targets")[2])) for _ in range(5)]
     for thread in crowd:
@@ -658,7 +666,7 @@ def test_a_thread_that_cannot_live_does_not_spin(
     served = serve()
     # A selector that always fails is beyond what a test can bring about.
     monkeypatch.setattr(Loop, "turn", turn)
-    served.endpoint._loop.wake()
+    served.connect().close()
     wait_until(lambda: len(turns) > 3, "it was tried a few times")
     spent = time.process_time()
     time.sleep(1)
