@@ -36,8 +36,8 @@ from django_promports.own import own_metrics
 from django_promports.ports import claim
 from django_promports.probe import count_samples
 from django_promports.scrape.exposition import Exposition
-from tests.commands import survey_nothing
-from tests.servers import ROOT, SECONDS, wait_until
+from tests.commands import run_python, survey_nothing
+from tests.servers import SECONDS, wait_until
 from tests.test_activity import count_requests
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -712,14 +712,7 @@ print("DONE")
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(port)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, str(port), PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "DONE", done.stderr
     assert done.stderr.count("promports-endpoint ended (GreenletExit)") == 1
@@ -837,14 +830,7 @@ for descriptor in held:
     os.close(descriptor)
 print(urllib.request.urlopen(url, timeout=10).status)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "200", done.stderr
 
