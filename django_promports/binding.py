@@ -230,7 +230,7 @@ class Binding:
                 self._forget(family, labelvalues)
             first = ledger.add_series(family, labelvalues, child._created)
         else:
-            child._created = family.read_created(first)
+            (child._created,) = family.read_created([first])
         attached = [give_cell(value) for value in values]
         self._values.update(attached)
         for cell, value in enumerate(attached, first):

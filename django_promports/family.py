@@ -43,9 +43,10 @@ class Family:
         self._check()
         return numbers
 
-    def read_created(self, first: int) -> float:
-        """Return when a series was created, in seconds since the epoch. Raises ValueError as read() does."""
-        created = self.cells[first + CREATED]
+    def read_created(self, firsts: Iterable[int]) -> list[float]:
+        """Return when these series were created, in seconds since the epoch. Raises ValueError as read() does."""
+        cells = self.cells
+        created = [cells[first + CREATED] for first in firsts]
         self._check()
         return created
 

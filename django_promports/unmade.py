@@ -102,7 +102,7 @@ def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[st
     kind, samples = KINDS[record.type], []
     for labelvalues, first in series.items():
         labels = dict(zip(record.labelnames, labelvalues, strict=True))
-        values, created = memoryview(family.read([first])).cast("d").tolist(), family.read_created(first)
+        values, (created,) = memoryview(family.read([first])).cast("d").tolist(), family.read_created([first])
         if family.series.get(labelvalues) != first:  # removed since, and its cells may belong to another series by now
             continue
         numbers = kind.list_numbers(values, record.bounds)

@@ -103,7 +103,7 @@ def read(ledger: Ledger) -> Counts:
     """Return created time and values of every series."""
     return {
         (family.record.name, labelvalues): [
-            family.read_created(first),
+            *family.read_created([first]),
             *ledger.cells[first : first + family.width].tolist(),
         ]
         for family in ledger.families.values()
@@ -220,7 +220,7 @@ for round in range(rounds):
     ledger, family = open_family()
     values = {int(labels[0]): ledger.cells[first + 1] for labels, first in family.series.items()}
     made, forgotten = shared[MADE], shared[FORGOTTEN]
-    assert all(family.read_created(first) == 1.0 for first in family.series.values()), round
+    assert set(family.read_created(family.series.values())) <= {1.0}, round
     assert set(values) <= set(range(forgotten, made + 1)), (round, forgotten, made, sorted(values))
     for number in range(forgotten, made + 1):
         if number not in values:

@@ -101,7 +101,7 @@ def read_with_reader(path: Path) -> Values:
 
 def read_ledger(ledger: Ledger) -> Values:
     return {
-        (name, labels): [family.read_created(first), *ledger.cells[first : first + family.width]]
+        (name, labels): [*family.read_created([first]), *ledger.cells[first : first + family.width]]
         for name, family in ledger.families.items()
         for labels, first in family.series.items()
     }

@@ -954,7 +954,7 @@ def test_cells_hold_what_the_metric_says(processes: Begin) -> None:
             counter.inc()
             assert ledger.cells[first] == number
 
-        wait_until(lambda: family.read_created(first) == counter._created, "created is there", 1)
+        wait_until(lambda: family.read_created([first]) == [counter._created], "created is there", 1)
 
 
 def test_a_series_that_is_removed_during_a_scrape_shows_no_number_of_another(

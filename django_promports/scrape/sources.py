@@ -95,7 +95,7 @@ class InLedger:
         return tuple(child[0])
 
     def get_created(self, children: list[Any]) -> list[Any]:
-        return [self._family.read_created(first) for _, first in children]
+        return self._family.read_created(self.find_cells(children))
 
     def find_cells(self, children: list[Any]) -> list[int]:
         return [first for _, first in children]
