@@ -1,6 +1,6 @@
 """A family: the series of one metric in an open ledger, and their numbers.
 
-A series is known by the cell of its first value. Which cells it has before that one is for the ledger's modules only.
+A series is known by the cell of its first value. Only the modules of the ledger know which cells it has before that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Family:
     """The series of one metric: the cell of the first value of each, by label values.
 
     It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
-    other cells. record: what the file says of it. cells: those of its ledger; reading them after the ledger was closed
+    other cells. record: its index record. cells: those of its ledger; reading them after the ledger was closed
     raises ValueError. slot: where its record is. width: how many values a series has. rests_until: when its cells may
     be used again after it was forgotten, in seconds of time.monotonic().
     """

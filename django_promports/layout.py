@@ -128,7 +128,7 @@ class FamilyRecord(NamedTuple):
 
 
 class SeriesRecord(NamedTuple):
-    """An index record that says where the cells of a series begin, before its values. family: its number."""
+    """An index record of a series. family: its number. begin: the first of its cells, before its values."""
 
     family: int
     labelvalues: Labels
