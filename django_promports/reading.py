@@ -17,6 +17,7 @@ from typing import NamedTuple
 from django_promports.layout import (
     CELLS_AT,
     CELLS_END_AT,
+    CREATED,
     END_AT,
     HOLDER,
     HOLDER_AT,
@@ -39,7 +40,6 @@ from django_promports.layout import (
     Record,
     SeriesRecord,
     check_seal,
-    count_values,
     read_header,
     read_index,
     sort_records,
@@ -225,10 +225,8 @@ def is_sealed(path: Path) -> bool:
 def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
     """Return the cells up to the last one that a record may need, as far as they are there."""
     records = list(records)
-    widths = {
-        one.number: STATE + count_values(one.type, one.bounds) for one in records if isinstance(one, FamilyRecord)
-    }
-    end = max((one.first + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
+    widths = {one.number: STATE + one.width for one in records if isinstance(one, FamilyRecord)}
+    end = max((one.begin + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
     cells = os.pread(file, 8 * end, CELLS_AT)
     return memoryview(cells[: len(cells) // 8 * 8]).cast("d")
 
@@ -245,7 +243,7 @@ def _collect(records: dict[int, Record], cells: memoryview[float]) -> Families:
                     del by_number[former[0].number]
         elif record.family in by_number:
             family, series = by_number[record.family]
-            begin, end = record.first + STATE, record.first + STATE + count_values(family.type, family.bounds)
+            first, end = record.begin + STATE, record.begin + STATE + family.width
             if end <= len(cells):
-                series[record.labelvalues] = [cells[record.first], *cells[begin:end]]
+                series[record.labelvalues] = [cells[first + CREATED], *cells[first:end]]
     return families

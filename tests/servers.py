@@ -195,6 +195,14 @@ def gunicorn(
     return serving(tmp_path, ports, *words, range_=range_, **env)
 
 
+def runserver(
+    tmp_path: Path, ports: Sequence[int], *options: str, **env: str
+) -> contextlib.AbstractContextManager[Site]:
+    """Run Django's development server on the demo site."""
+    words = [sys.executable, "manage.py", "runserver", "127.0.0.1:{port}", *options]
+    return serving(tmp_path, ports, *words, **{"DEMO_DEBUG": "1", **env})
+
+
 def database(tmp_path: Path) -> Path:
     """Return a database of the demo site in the folder; the first call creates it."""
     path = tmp_path / "demo.sqlite3"

@@ -33,7 +33,6 @@ from django_promports.layout import (
     SCRAPED_AT,
     SEAL_AT,
     SLOT,
-    STATE,
     VERSION,
     WORD,
     Layout,
@@ -96,16 +95,16 @@ def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts
     first = family.series.get(labelvalues)
     if first is None:
         first = ledger.add_series(family, labelvalues, 1.5)
-    for cell, amount in enumerate(amounts or (1.0,), first + STATE):
+    for cell, amount in enumerate(amounts or (1.0,), first):
         ledger.cells[cell] += amount
 
 
 def read(ledger: Ledger) -> Counts:
     """Return created time and values of every series."""
     return {
-        (family.name, labelvalues): [
-            ledger.cells[first],
-            *ledger.cells[first + STATE : first + STATE + family.width].tolist(),
+        (family.record.name, labelvalues): [
+            *family.read_created([first]),
+            *ledger.cells[first : first + family.width].tolist(),
         ]
         for family in ledger.families.values()
         for labelvalues, first in family.series.items()
@@ -143,21 +142,15 @@ def test_the_next_holder_goes_on_counting(seal: bool, path: Path, caplog: pytest
         counted = fill(ledger)
 
     with opened(path, seal=seal) as ledger:
-        found, families = (
-            read(ledger),
-            [
-                (family.number, family.name, family.type, family.help, family.unit, family.labelnames, family.bounds)
-                for family in ledger.families.values()
-            ],
-        )
+        found, families = read(ledger), [family.record for family in ledger.families.values()]
         count(ledger, ledger.families["apples"], ("kind 1",), 10)
         count(ledger, ledger.families["apples"], ("new",), 1)
 
     assert found == counted
     assert families == [
-        (0, "apples", "counter", "Apples eaten.", "", ("kind",), ()),
-        (1, "sizes_bytes", "summary", 'Of "pears"\n.', "bytes", (), ()),
-        (2, "seconds", "histogram", "Sek\u00fcndchen.", "", ("a", "b"), ("0.5", "1.0", "+Inf")),
+        (0, "apples", "counter", "Apples eaten.", "", ("kind",), (), ""),
+        (1, "sizes_bytes", "summary", 'Of "pears"\n.', "bytes", (), (), ""),
+        (2, "seconds", "histogram", "Sek\u00fcndchen.", "", ("a", "b"), ("0.5", "1.0", "+Inf"), ""),
     ]
     with opened(path) as ledger:
         assert read(ledger) == counted | {
@@ -186,7 +179,7 @@ def test_a_descriptor_of_a_ledger_is_not_inherited_by_programs(path: Path) -> No
 KILL = """
 import mmap, os, random, signal, sys, time
 from pathlib import Path
-from django_promports.ledger import STATE, Ledger
+from django_promports.ledger import Ledger
 
 path, rounds, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
 shared = memoryview(mmap.mmap(-1, 8 * 200_000)).cast("Q")
@@ -206,8 +199,8 @@ def write():
         if first is None:
             first = ledger.add_series(family, labels, 1.0)
         for _ in range(5):
-            ledger.cells[first + STATE + 1] += 1.0
-            shared[COUNTS + number] = int(ledger.cells[first + STATE + 1])
+            ledger.cells[first + 1] += 1.0
+            shared[COUNTS + number] = int(ledger.cells[first + 1])
         shared[MADE] = number + 1
         if number - shared[FORGOTTEN] > 40:
             ledger.forget(family, (str(shared[FORGOTTEN]), PAD))
@@ -225,9 +218,9 @@ for round in range(rounds):
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), f"round {round}: the writer failed"
     ledger, family = open_family()
-    values = {int(labels[0]): ledger.cells[first + STATE + 1] for labels, first in family.series.items()}
+    values = {int(labels[0]): ledger.cells[first + 1] for labels, first in family.series.items()}
     made, forgotten = shared[MADE], shared[FORGOTTEN]
-    assert all(ledger.cells[first] == 1.0 for first in family.series.values()), round
+    assert set(family.read_created(family.series.values())) <= {1.0}, round
     assert set(values) <= set(range(forgotten, made + 1)), (round, forgotten, made, sorted(values))
     for number in range(forgotten, made + 1):
         if number not in values:
@@ -258,7 +251,7 @@ RACE = """
 import os, random, sys, time
 from pathlib import Path
 from django_promports import ports
-from django_promports.ledger import STATE, Ledger, LedgerLocked
+from django_promports.ledger import Ledger, LedgerLocked
 
 folder, first_port, end_port, processes, claims = Path(sys.argv[1]), *map(int, sys.argv[2:])
 deadline = time.monotonic() + 50
@@ -268,10 +261,10 @@ def hold(path):
     family = ledger.add_family("events", "counter", "Events.", "", (), ())
     first = family.series[()] if family.series else ledger.add_series(family, (), 1.0)
     for _ in range(5):
-        value = ledger.cells[first + STATE]
+        value = ledger.cells[first]
         if random.random() < 0.1:
             time.sleep(0)    # another process's turn, in the middle of an increment
-        ledger.cells[first + STATE] = value + 1
+        ledger.cells[first] = value + 1
     ledger.close(seal=random.random() < 0.5)
 
 def work():
@@ -309,7 +302,7 @@ for pid in pids:
 total = 0
 for path in folder.glob("*.ledger"):
     ledger = Ledger(path, "site")
-    total += ledger.cells[ledger.families["events"].series[()] + STATE]
+    total += ledger.cells[ledger.families["events"].series[()]]
     ledger.close()
 print(int(total))
 """
@@ -620,7 +613,7 @@ def test_space_is_reserved_where_nothing_was_counted(path: Path, monkeypatch: py
 CROWDED = """
 import mmap, os, sys
 from pathlib import Path
-from django_promports.ledger import STATE, Ledger, LedgerFull
+from django_promports.ledger import Ledger, LedgerFull
 
 folder = Path(sys.argv[1])
 space = os.statvfs(folder)
@@ -628,7 +621,7 @@ total = space.f_bavail * space.f_frsize
 
 def values(ledger):
     return {
-        (family.name, labels): ledger.cells[first + STATE]
+        (family.record.name, labels): ledger.cells[first]
         for family in ledger.families.values() for labels, first in family.series.items()
     }
 
@@ -650,12 +643,12 @@ for pages in [*range(40), 60, 80, 120]:
         try:
             family = ledger.add_family("events", "counter", "Events.", "", ("number",), ())
             for labels in list(family.series)[: len(family.series) // 2]:    # the next one has to renew the file
-                back["events", labels] = ledger.cells[family.series[labels] + STATE]    # if there is no room for that
+                back["events", labels] = ledger.cells[family.series[labels]]    # if there is no room for that
                 ledger.forget(family, labels)
                 back = {}
             for number in range(10_000):
                 name = f"{attempt} {number}"
-                ledger.cells[ledger.add_series(family, (name,), 1.0) + STATE] = number
+                ledger.cells[ledger.add_series(family, (name,), 1.0)] = number
         except LedgerFull:
             pass
         counted = values(ledger) | back
