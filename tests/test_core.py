@@ -9,7 +9,7 @@ from tests.commands import run_python
 from tests.servers import ROOT
 
 # Modules that read the settings, implement Django's hooks, or are commands.
-DJANGO_FACE = {"apps", "checks", "conf", "discovery", "urls", "views", "worker"}
+DJANGO_FACE = {"apps", "checks", "conf", "discovery", "serving", "urls", "views", "worker"}
 WITHOUT_DJANGO = """
 import sys
 

@@ -702,7 +702,7 @@ def _skip_a_day(path: Path, clock: Clock, *, scrape: bool = True) -> None:
     with opened(path) as ledger:
         clock.now += HOUR
         if scrape:
-            ledger.note_scrape(time.time())
+            ledger.note_scrape(clock.now)
     clock.now += 25 * HOUR
 
 
@@ -727,7 +727,7 @@ def test_a_series_that_is_touched_now_and_then_stays(path: Path, clock: Clock) -
         with opened(path) as ledger:
             count(ledger, add_counter(ledger), ("daily",), 1)
             clock.now += 30 * HOUR
-            ledger.note_scrape(time.time())
+            ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("daily",)): [1.5, 10.0]}
@@ -743,7 +743,7 @@ def test_observations_that_sum_up_to_nothing_are_activity(
             amounts = (1.0, -1.0) if type_ == "summary" else (-1.0, 1.0)  # observe(-1)
             count(ledger, family, (), *amounts)
             clock.now += 30 * HOUR
-            ledger.note_scrape(time.time())
+            ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert [max(values[1:]) for values in read(ledger).values()] == [4.0]
@@ -757,7 +757,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
         pass
     clock.now += hours * HOUR
     with opened(path) as ledger:
-        ledger.note_scrape(time.time())
+        ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("x",)): [1.5, 1.0]}
@@ -765,7 +765,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
 
 def test_a_series_that_was_not_scraped_since_stays(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape(time.time())
+        ledger.note_scrape(clock.now)
         count(ledger, add_counter(ledger), ("x",))
     for _ in range(3):
         _skip_a_day(path, clock, scrape=False)
@@ -781,7 +781,7 @@ def test_the_time_of_the_scrape_survives_a_renewal(path: Path, clock: Clock) -> 
         count(ledger, apples, ("forgotten",))
     with opened(path) as ledger:
         clock.now += HOUR
-        ledger.note_scrape(time.time())
+        ledger.note_scrape(clock.now)
         ledger.forget(ledger.families["apples"], ("forgotten",))
     inode = path.stat().st_ino
     with opened(path):
@@ -800,7 +800,7 @@ def test_a_file_stays_small_under_changing_labels(path: Path, clock: Clock) -> N
             for number in range(50):
                 count(ledger, family, (f"/{'x' * 200}/{day}/{number}",), 1, 1, 1)
             count(ledger, family, ("always",), 1, 1, 0)
-            ledger.note_scrape(time.time())
+            ledger.note_scrape(clock.now)
         clock.now += 25 * HOUR
         sizes.append(path.stat().st_blocks * 512)
 
@@ -820,7 +820,7 @@ def test_a_file_stays_small_though_a_series_comes_and_goes(how: str, path: Path,
                 count(ledger, apples, ("x" * 2000,))
             elif how == "forgotten":
                 ledger.forget(apples, ("x" * 2000,))
-            ledger.note_scrape(time.time())
+            ledger.note_scrape(clock.now)
         clock.now += 25 * HOUR
 
     assert path.stat().st_blocks * 512 < 250_000  # 450 / 3 records of 2000 bytes would be more
@@ -920,7 +920,7 @@ def test_the_file_system_of_a_path_is_found(path: str, type_: str) -> None:
 
 def test_scraped_is_kept_where_the_format_says(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape(time.time())
+        ledger.note_scrape(clock.now)
 
     with path.open("rb") as file:
         file.seek(SCRAPED_AT)
