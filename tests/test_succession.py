@@ -49,7 +49,14 @@ def slow(request, seconds):
     time.sleep(seconds)
     return HttpResponse("at last")
 
+def fork(request, seconds):
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    return HttpResponse(str(os.getpid()))
+
 urls.urlpatterns.append(path("slow/<int:seconds>/", slow, name="slow"))
+urls.urlpatterns.append(path("fork/<int:seconds>/", fork, name="fork"))
 atexit.register(time.sleep, float(os.environ.get("TEARDOWN_SECONDS", 0)))
 """
 
@@ -199,27 +206,36 @@ def test_half_of_the_workers_after_a_restart_strand_nothing(
             check(server, site, traffic, 2)
 
 
-@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("end", ["killed", "killed-after-fork", "stopped"])
 def test_an_heir_that_ends_or_hangs_strands_nothing(
     end: str, program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:
-    with site_under_traffic(program, free_ports, tmp_path, left=3 if end == "killed" else 2) as (site, _):
+    with site_under_traffic(program, free_ports, tmp_path, left=2) as (site, _):
         site.wait_for_workers()
         stop_workers(site, 2, 2, random.Random(5))
         heirs = site.child.wait_until(
             lambda: heirs if len(heirs := site.heirs()) == 2 else {}, "two ports have an heir"
         )
-        heir = next(iter(heirs.values()))
-        if end == "killed":
-            os.kill(site.child.pid, signal.SIGTTIN)  # it takes over one of the ports
-            os.kill(heir, signal.SIGKILL)
-        else:
+        port, heir = next(iter(heirs.items()))
+        if end == "stopped":
             os.kill(heir, signal.SIGSTOP)
             os.kill(site.child.pid, signal.SIGTTIN)
             time.sleep(random.Random(5).uniform(1, 3))
             os.kill(heir, signal.SIGCONT)
-            site.child.wait_until(lambda: len(site.live()) == 3, "the new worker has a port")
-            os.kill(site.child.pid, signal.SIGTTOU)
+            site.wait_for_workers(3)
+            stop_workers(site, 1, 2, random.Random(5))
+            return
+        if end == "killed-after-fork":
+            forked: set[int] = set()
+
+            def has_forked() -> bool:
+                forked.add(int(get(f"http://{site.address}/fork/60/")))
+                return heir in forked
+
+            site.child.wait_until(has_forked, "the heir has forked a child that outlives it")
+        os.kill(heir, signal.SIGKILL)
+        # Either the successor has the port or another heir: a child of the killed one does not keep it.
+        site.child.wait_until(lambda: site.abouts().get(port, {}).get("pid") not in (None, heir), "the port is served")
 
 
 def test_a_second_prometheus_with_a_longer_interval_misses_nothing(
