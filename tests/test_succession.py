@@ -142,7 +142,7 @@ def test_recycling_reloads_and_kills_together_strand_nothing(
 def test_a_request_that_outlives_a_reload_is_counted(
     program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:
-    options = ["--preload", "--graceful-timeout", "60", "--timeout", "90", "-k", "gthread", "--threads", "4"]
+    options = ["--preload", "--graceful-timeout", "60", "--timeout", "90"]
     counted = 'django_http_requests_total_by_view_transport_method_total{view="slow"}'
     with watched(program, free_ports, tmp_path, WIDTH) as (server, site_ports):
         (tmp_path / "slowsite.py").write_text(SITE)
