@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import os
 import random
 import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from tests.servers import (
     scrape,
     send_requests,
 )
+from tests.traffic import Traffic
 
 WORKERS = 4
 # The requests, and the series that count them. django-prometheus creates its metric when its middleware is loaded, the
@@ -42,47 +40,6 @@ COUNTED = {
 }
 # A histogram and a summary, with all their samples.
 PARTS = ["shop_search_seconds_bucket", "shop_search_seconds_sum", "shop_ordered_grams_count", "shop_ordered_grams_sum"]
-
-
-class Traffic:
-    """Requests from several threads until stop(): how many were answered, and how many others may have been counted."""
-
-    def __init__(self, address: str, threads: int = 4) -> None:
-        self.answered: Counter[tuple[str, str]] = Counter()
-        self.unanswered: Counter[tuple[str, str]] = Counter()
-        self._address = address
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        for asked in itertools.cycle(random.sample(list(COUNTED), len(COUNTED))):
-            if self._ended.wait(0.02):
-                return
-            try:
-                status = self._ask(*asked)
-            except ConnectionRefusedError:
-                continue  # it cannot have been counted
-            with self._lock:
-                (self.answered if status in (200, 201) else self.unanswered)[asked] += 1
-
-    def _ask(self, method: str, path: str) -> int:
-        with contextlib.closing(http.client.HTTPConnection(self._address, timeout=20)) as connection:
-            connection.connect()
-            try:
-                connection.request(method, path)
-                response = connection.getresponse()
-                response.read()
-            except (OSError, http.client.HTTPException):
-                return 0
-            return response.status
 
 
 def do_nothing(site: Site, seconds: float) -> None:
@@ -129,7 +86,7 @@ def test_prometheus_counts_every_answered_request_once(
     with watched(program, free_ports, tmp_path, width) as (server, site_ports):
         with gunicorn(tmp_path, site_ports, *options) as site:
             site.wait_for_workers(WORKERS)
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             disturb(site, 12)
             traffic.stop()
 
@@ -146,7 +103,7 @@ def test_prometheus_counts_every_answered_request_once_over_a_restart(
     with watched(program, free_ports, tmp_path, 12) as (server, site_ports):
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers(WORKERS)
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             time.sleep(5)
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers(WORKERS)
