@@ -67,7 +67,6 @@ def test_prometheus_counts_every_answered_request_of_a_project_once(
         settings.write(f"PROMPORTS_LEDGER_DIR = '{tmp_path / 'ledgers'}'\n")
     dice = random.Random(random.randrange(2**32))  # pytest-randomly prints its seed
     events = sorted((dice.uniform(0, DISTURBED), name) for name in ("HUP", "KILL"))
-    print(events)
 
     words = [sys.executable, "-m", "gunicorn", f"{project.name}.wsgi", "--chdir", str(folder), "--no-control-socket"]
     words += ["-b", f"127.0.0.1:{site_port}", "-w", str(WORKERS), "--graceful-timeout", "15", *options]
@@ -97,14 +96,13 @@ def test_prometheus_counts_every_answered_request_of_a_project_once(
             )
             traffic.stop()
 
-            check(server, project, traffic, site.output)
+            check(server, project, traffic, lambda: f"{events}\n{site.output()}")
 
 
-def check(server: Prometheus, project: Project, traffic: Traffic, output: Callable[[], str]) -> None:
+def check(server: Prometheus, project: Project, traffic: Traffic, story: Callable[[], str]) -> None:
     """Assert that Prometheus counts each answered request once, and unanswered ones at most once."""
-    assert not traffic.errors, output()
-    # A kill can cost each thread of the traffic one response.
-    assert traffic.unanswered.total() <= 4
+    assert not traffic.errors, story()
+    assert traffic.unanswered.total() <= 4, story()  # a kill can cost each thread of the traffic one response
     wanted = {REQUESTS: (traffic.answered.total(), traffic.unanswered.total())}
     for (method, path), view in project.asked.items():
         series = f'{RESPONSES}{{view="{view}",method="{method}",status="200"}}'
@@ -126,4 +124,4 @@ def check(server: Prometheus, project: Project, traffic: Traffic, output: Callab
         lambda: all(number >= scraped[port] + 3 for port, number in server.query("count_over_time(up[1h])").items()),
         "three more scrapes",
     )
-    assert not wrong(), output()
+    assert not wrong(), story()
