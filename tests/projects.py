@@ -73,6 +73,8 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 ROOT_URLCONF = "library_urls"
 """
 NINJA_URLS = """
+import time
+
 from django.urls import path
 from loans.models import Loan
 from ninja import ModelSchema, NinjaAPI
@@ -94,6 +96,12 @@ def list_loans(request):
 @api.post("/loans", response=LoanOut)
 def add_loan(request, title: str):
     return Loan.objects.create(title=title)
+
+
+@api.get("/loans/number")
+def count_loans(request):
+    time.sleep(0.3)  # as a request to another service; old workers of a reload finish it while the new ones claim ports
+    return Loan.objects.count()
 
 
 urlpatterns = [path("api/", api.urls)]
@@ -170,8 +178,8 @@ PROJECTS = [
 ]
 
 
-def run(folder: Path, *arguments: str) -> None:
-    """Run Python in the folder of a project."""
+def run(folder: Path, *arguments: str) -> str:
+    """Run Python in the folder of a project and return what it prints."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -182,6 +190,7 @@ def run(folder: Path, *arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def environment(folder: Path) -> dict[str, str]:

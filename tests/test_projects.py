@@ -96,7 +96,10 @@ def test_prometheus_counts_every_answered_request_of_a_project_once(
             )
             traffic.stop()
 
-            check(server, project, traffic, lambda: f"{events}\n{site.output()}")
+            def story() -> str:
+                return f"{events}\n{run(folder, 'manage.py', 'show_targets')}\n{site.output()}"
+
+            check(server, project, traffic, story)
 
 
 def check(server: Prometheus, project: Project, traffic: Traffic, story: Callable[[], str]) -> None:
@@ -124,4 +127,4 @@ def check(server: Prometheus, project: Project, traffic: Traffic, story: Callabl
         lambda: all(number >= scraped[port] + 3 for port, number in server.query("count_over_time(up[1h])").items()),
         "three more scrapes",
     )
-    assert not wrong(), story()
+    assert not (found := wrong()), "\n".join([*found, story()])

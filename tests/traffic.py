@@ -17,8 +17,9 @@ class Traffic:
     """Requests until stop(): how many were answered, and how many others may have been counted."""
 
     def __init__(self, address: str, asked: Collection[Asked], threads: int = 4) -> None:
-        self.answered: Counter[Asked] = Counter()
-        self.unanswered: Counter[Asked] = Counter()
+        # With all keys: they are read while the threads add to them.
+        self.answered: Counter[Asked] = Counter(dict.fromkeys(asked, 0))
+        self.unanswered: Counter[Asked] = Counter(dict.fromkeys(asked, 0))
         self.errors: Counter[int] = Counter()  # the statuses of responses that are errors; they count as unanswered
         self._address = address
         self._ended = threading.Event()
