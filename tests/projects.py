@@ -166,11 +166,10 @@ PROJECTS = [
         ["django", "startproject"],
         NINJA,
         {
+            # The name of a path is that of its first operation.
             ("GET", "/api/loans"): "api-1.0.0:list_loans",
-            (
-                "POST",
-                "/api/loans?title=Emma",
-            ): "api-1.0.0:list_loans",  # the name of the path is that of its first operation
+            ("POST", "/api/loans?title=Emma"): "api-1.0.0:list_loans",
+            ("GET", "/api/loans/number"): "api-1.0.0:count_loans",
         },
         {"library_urls.py": NINJA_URLS, "loans/__init__.py": "", "loans/models.py": NINJA_MODELS},
         [["makemigrations", "loans", "--verbosity=0"], MIGRATE],
