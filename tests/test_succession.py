@@ -21,6 +21,7 @@ import pytest
 
 from django_promports.reading import read_status
 from tests.commands import run_python
+from tests.counted import COUNTED, check, watched
 from tests.servers import (
     ROOT,
     Site,
@@ -33,7 +34,7 @@ from tests.servers import (
     send_requests,
     wait_until,
 )
-from tests.traffic import Traffic, check, watched
+from tests.traffic import Traffic
 
 pytestmark = pytest.mark.succession
 WIDTH = 12
@@ -82,7 +83,7 @@ def site_under_traffic(
         gunicorn(tmp_path, site_ports, *options, "slowsite", workers=workers, **env) as site,
     ):
         site.child.wait_until(site.is_listening, "the site listens")
-        traffic = Traffic(site.address)
+        traffic = Traffic(site.address, COUNTED)
         try:
             yield site, traffic
             time.sleep(2)
@@ -197,7 +198,7 @@ def test_half_of_the_workers_after_a_restart_strand_nothing(
     with watched(program, free_ports, tmp_path, WIDTH) as (server, site_ports):
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers()
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             time.sleep(random.Random(4).uniform(2, 4))
         with gunicorn(tmp_path, site_ports, workers=2) as site:
             site.wait_for_workers(2)
@@ -250,7 +251,7 @@ def test_a_second_prometheus_with_a_longer_interval_misses_nothing(
     ):
         export_targets(slow_folder / "targets/django.json", site_ports[:-1])
         site.wait_for_workers()
-        traffic = Traffic(site.address)
+        traffic = Traffic(site.address, COUNTED)
         time.sleep(random.Random(6).uniform(5, 9))
         stop_workers(site, 3, 1, random.Random(6))
         traffic.stop()
