@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -24,10 +24,9 @@ from prometheus_client.registry import Collector
 from django_promports.acts import LONG_PATIENCE_SECONDS, Acts
 from django_promports.children import Children, Labels, NoLock
 from django_promports.kinds import KINDS, Kind, find_counted, find_kind
-from django_promports.layout import STATE
 from django_promports.ledger import Family, Ledger, LedgerFull
 from django_promports.unmade import Unmade, merge, read_shape, sample_names
-from django_promports.values import CellValue, are_known, give_cell
+from django_promports.values import CellValue, are_known, give_cell, watch_resets
 
 logger = logging.getLogger("django_promports")
 
@@ -225,18 +224,19 @@ class Binding:
         if values[0] in self._values:
             return
         family = self._find_family(ledger, kind, metric, help_)
-        unmade = self._unmade[family.name].series if family.name in self._unmade else {}
+        name = family.record.name
+        unmade = self._unmade[name].series if name in self._unmade else {}
         first = unmade.get(labelvalues)
         if first is None:
             if labelvalues in family.series:  # of a former child, whose removal is still to be made
                 self._forget(family, labelvalues)
             first = ledger.add_series(family, labelvalues, child._created)
         else:
-            child._created = ledger.cells[first]
+            (child._created,) = family.read_created([first])
         attached = [give_cell(value) for value in values]
         self._values.update(attached)
-        for index, value in enumerate(attached, first + STATE):
-            value.attach(ledger.cells, index)
+        for cell, value in enumerate(attached, first):
+            value.attach(ledger.cells, cell)
         kind.put_values(child, attached)
         if labelvalues in unmade:
             # Keep the metric's copy of the label values only, to save memory.
@@ -244,7 +244,7 @@ class Binding:
             family.series[labelvalues] = first
             del unmade[labelvalues]
             if not unmade:
-                del self._unmade[family.name]
+                del self._unmade[name]
 
     def _has(self, metric: Any, labelvalues: Labels, child: Any) -> bool:
         """Whether a child is still there, and its metric in the registry."""
@@ -252,11 +252,11 @@ class Binding:
         return is_there and metric in self.registry._collector_to_names
 
     def _detach(self, child: Any) -> int | None:
-        """Let a child continue in memory; return its first cell if it had any."""
+        """Let a child continue in memory; return the cell of its first value if it had any."""
         first = None
         for value in reversed(_get_values(child)):
             if value in self._values:
-                first = value._index - STATE
+                first = value._index
                 self._values.remove(value)
                 value.detach(keep=True)
         return first
@@ -265,7 +265,7 @@ class Binding:
         family = self._families.get(metric)
         if family is None:
             for other, known in list(self._families.items()):
-                if known.name == metric._name:  # it was unregistered, and its act comes later
+                if known.record.name == metric._name:  # it was unregistered, and its act comes later
                     self._abandon(other)
             type_, labelnames, bounds = read_shape(kind, metric)
             family = ledger.add_family(metric._name, type_, help_, metric._unit, labelnames, bounds)
@@ -313,7 +313,7 @@ class Binding:
         for child in _list_children(metric):
             self._detach(child)
         if family is not None:
-            self._unmade.pop(family.name, None)
+            self._unmade.pop(family.record.name, None)
             self._forget(family)
 
     def _install(self) -> None:
@@ -323,7 +323,7 @@ class Binding:
         self._installed = True
         for kind in KINDS.values():
             if kind.is_counted and hasattr(kind.cls, "reset"):
-                _watch_resets(kind)
+                watch_resets(kind)
         register, unregister = self.registry.register, self.registry.unregister
 
         def register_and_adopt(collector: Collector) -> None:
@@ -385,19 +385,3 @@ def _get_values(child: Any) -> list[Any]:
     kind = find_kind(child)
     values = kind.get_values(child) if kind is not None else []
     return values if are_known(values) else []
-
-
-def _watch_resets(kind: Kind) -> None:
-    """Make reset() write the new created time to the ledger too."""
-    reset = kind.cls.reset
-    if hasattr(reset, "notes_created"):
-        return
-
-    def reset_and_note(child: Any) -> None:
-        reset(child)
-        value = kind.get_values(child)[0]
-        if type(value) is CellValue:
-            value.set_created(child._created)
-
-    kind.cls.reset = update_wrapper(reset_and_note, reset)
-    kind.cls.reset.notes_created = True

@@ -30,7 +30,7 @@ from django_promports.endpoint import Endpoint, Service
 from django_promports.layout import NUMBER, SCRAPED_AT, SETTLED_AT, hash_site
 from django_promports.ledger import LedgerLocked, open_locked
 from django_promports.loop import NEXT_TURN, READ, Loop, Steps
-from django_promports.reading import Status, find_damage, read_locked, read_status
+from django_promports.reading import Reading, Status, find_damage, read_locked, read_status
 from django_promports.routes import Routes
 from django_promports.scrapes import Scrapes
 from django_promports.snapshot import keep
@@ -148,6 +148,7 @@ class Heir:
         return status
 
     def _adopt(self, loop: Loop, port: int, status: Status) -> None:
+        """Serve an orphaned port, unless another process has it or its ledger."""
         path = self._find_path(port)
         with ExitStack() as stack:  # it closes the ledger before the port
             try:
@@ -159,7 +160,7 @@ class Heir:
                 file = open_locked(path, seconds=0, create=False)
                 stack.callback(os.close, file)
                 reading = read_locked(path, file)
-            except (LedgerLocked, FileNotFoundError):  # another process was faster
+            except (LedgerLocked, FileNotFoundError):  # a process of another container has it, for example
                 return
             except Exception as error:
                 if not isinstance(error, OSError) or error.errno not in TRANSIENT:
@@ -169,19 +170,22 @@ class Heir:
                 return
             stack.pop_all()
         adopted = Adopted(port, status, file, presence.open_hand_over(self._terms.key, port))
+        self._serve(loop, adopted, listener, reading)
+
+    def _serve(self, loop: Loop, adopted: Adopted, listener: socket.socket, reading: Reading) -> None:
         binding = Binding(CollectorRegistry())
         binding.show(keep(reading.families))
-        routes = self._make_routes(port, binding, partial(self._note_scrape, adopted))
+        routes = self._make_routes(adopted.port, binding, partial(self._note_scrape, adopted))
         adopted.service = self._endpoint.add(listener, routes)
-        self._adopted[port] = adopted
+        self._adopted[adopted.port] = adopted
         loop.spawn(self._await_claimer(adopted))
-        logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", port, os.getpid())
+        logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", adopted.port, os.getpid())
 
     def _give_up(self, port: int, opened_at: float, reason: str) -> None:
         """Log once that a port cannot be served, and leave it to the next process that claims it."""
         self._in_vain[port] = opened_at, True
         logger.warning(
-            "The last counts of port %s cannot be shown: %s (%s). The next process that claims the port tries again.",
+            "The last counts of port %s cannot be served: %s (%s). The next process that claims the port tries again.",
             port,
             reason,
             self._find_path(port),

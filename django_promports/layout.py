@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,9 @@ HOLDER_AT = 2064
 CELLS_AT = 4096
 OPEN = int.from_bytes(b"OPEN", "big")  # not 0: a sealed file whose seal was torn out must not look open
 # Cells of a series before its values: created, activity at the last claim, time of the last claim that found another.
+# Only the modules of the ledger know them. For all others a series begins with its first value.
 STATE = 3
+CREATED = -STATE  # where the created time is, counted from the first value
 # How long a forgotten series' cells are left alone, by the monotonic clock. A reader has to be faster.
 QUARANTINE_SECONDS = 10.0
 
@@ -99,11 +101,6 @@ def check_seal(file: int, layout: Layout, cells_end: int, index_end: int) -> Non
         raise LedgerDamaged("somebody changed it while no process had it open")
 
 
-def count_values(type_: str, bounds: Sequence[str]) -> int:
-    """Return how many values a series has, after its STATE cells. Raises KeyError for an unknown type."""
-    return KINDS[type_].count_values(bounds)
-
-
 Labels = tuple[str, ...]
 
 
@@ -119,13 +116,23 @@ class FamilyRecord(NamedTuple):
     bounds: Labels
     mode: str
 
+    @property
+    def shape(self) -> tuple[str, Labels, Labels]:
+        """What has to stay the same for its numbers to mean the same."""
+        return self.type, self.labelnames, self.bounds
+
+    @property
+    def width(self) -> int:
+        """How many values a series has. Raises KeyError for an unknown type."""
+        return KINDS[self.type].count_values(self.bounds)
+
 
 class SeriesRecord(NamedTuple):
-    """An index record that says in which cells a series begins. family: its number."""
+    """An index record of a series. family: its number. begin: the first of its cells, before its values."""
 
     family: int
     labelvalues: Labels
-    first: int
+    begin: int
 
 
 Record = FamilyRecord | SeriesRecord
@@ -148,8 +155,8 @@ def decode(payload: bytes) -> Record:
 def _make_record(parsed: Any) -> Record:
     what, *rest = parsed
     if what == "series":
-        family, labelvalues, first = rest
-        return SeriesRecord(family, tuple(labelvalues), first)
+        family, labelvalues, begin = rest
+        return SeriesRecord(family, tuple(labelvalues), begin)
     if what != "family":
         raise ValueError(what)
     number, name, type_, help_, unit, labelnames, bounds, mode = rest

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from django_promports.family import Family
+from django_promports.kinds import KINDS
 from django_promports.layout import (
     HOLDER_AT,
     LAYOUT,
@@ -33,7 +35,7 @@ from django_promports.layout import (
     read_header,
 )
 from django_promports.processes import identify
-from django_promports.storage import Family, LedgerFull, Storage
+from django_promports.storage import LedgerFull, Storage
 from django_promports.unix import lock_file
 from django_promports.version2 import read_old_file
 
@@ -63,8 +65,8 @@ class Copy(NamedTuple):
 class Ledger:
     """An open ledger. Its holder ensures that one change ends before another begins.
 
-    families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. A series'
-    values begin STATE cells after its first one. is_new: whether there was no such file before.
+    families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. is_new:
+    whether there was no such file before.
     """
 
     def __init__(self, path: Path, application: str, layout: Layout = LAYOUT, file: int | None = None) -> None:
@@ -112,7 +114,7 @@ class Ledger:
         """
         known = self.families.get(name)
         if known is not None:
-            if known.shape == (type_, labelnames, bounds):
+            if known.record.shape == (type_, labelnames, bounds):
                 return known
             logger.warning("%s has other labels or buckets than before; its counts begin at zero.", name)
             self.forget(known)
@@ -120,7 +122,7 @@ class Ledger:
         return self._storage.add_family(FamilyRecord(0, name, type_, help_, unit, labelnames, bounds, mode))
 
     def add_series(self, family: Family, labelvalues: Labels, created: float) -> int:
-        """Return the first cell of a new series; its values are zero.
+        """Return the cell of the first value of a new series; its values are zero.
 
         Raises LedgerFull, and UnicodeEncodeError for label values that no exposition can show.
         """
@@ -180,21 +182,21 @@ class Ledger:
         now, scraped, storage = time.time(), self.scraped_at, self._storage
         cells, senseless = storage.cells, []
         for family in list(storage.families.values()):
-            if family.type == "gauge":
+            if family.record.type == "gauge":
                 self.forget(family)
                 continue
-            width, growing = STATE + family.width, family.growing
+            growing = KINDS[family.record.type].growing
             for labelvalues, first in list(family.series.items()):
-                row: list[Any] = cells[first : first + width].tolist()
+                row: list[Any] = cells[family.find_row(first)].tolist()
                 is_sound = math.isfinite(sum(row))
                 if not is_sound:  # or the sum of them is too large
-                    for cell, number in enumerate(row, first):
+                    for index, number in enumerate(row):
                         if not math.isfinite(number):
-                            cells[cell] = row[cell - first] = 0.0
-                            senseless.append(f"{family.name}{list(labelvalues)}")
+                            cells[first - STATE + index] = row[index] = 0.0
+                            senseless.append(f"{family.record.name}{list(labelvalues)}")
                 activity = sum(row[STATE:][growing])
                 if activity != row[1] or not is_sound:
-                    cells[first + 1], cells[first + 2] = activity if math.isfinite(activity) else 0.0, now
+                    cells[first - 2], cells[first - 1] = activity if math.isfinite(activity) else 0.0, now
                 elif row[2] < min(scraped, now - FORGET_SECONDS):
                     self.forget(family, labelvalues)
         if senseless:
@@ -209,10 +211,7 @@ class Ledger:
             content = [
                 (
                     family.record,
-                    [
-                        (labelvalues, list(cells[first : first + STATE + family.width]))
-                        for labelvalues, first in family.series.items()
-                    ],
+                    [(labels, list(cells[family.find_row(first)])) for labels, first in family.series.items()],
                 )
                 for family in storage.families.values()
                 if family.series

@@ -30,20 +30,20 @@ def identify() -> Identity:
         return Identity(os.getpid(), 0, 0)
 
 
-def may_run(process: Identity) -> bool:
-    """Return whether a process runs, or may run where this one cannot see it."""
+def is_running(process: Identity) -> bool | None:
+    """Return whether a process still runs; None if it cannot be seen from here, as in another container."""
     if not process.pid:
-        return False
+        return None
     if not process.started:
         return _has_pid(process.pid)
     try:
         if process.namespace != _read_namespace():
-            return True
+            return None
         fields = read_stat(process.pid)
     except FileNotFoundError:
         return False
     except OSError:
-        return True
+        return None
     return fields[0] not in "ZX" and int(fields[19]) == process.started
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from django_promports.layout import (
     CELLS_AT,
     CELLS_END_AT,
+    CREATED,
     END_AT,
     HOLDER,
     HOLDER_AT,
@@ -40,12 +41,11 @@ from django_promports.layout import (
     Record,
     SeriesRecord,
     check_seal,
-    count_values,
     read_header,
     read_index,
     sort_records,
 )
-from django_promports.processes import Identity, may_run
+from django_promports.processes import Identity, is_running
 from django_promports.version2 import read_old_families
 
 # Attempts to read a file that changes while it is read, or that takes too long to read.
@@ -75,8 +75,8 @@ class Status(NamedTuple):
 
     @property
     def is_held(self) -> bool:
-        """Whether its holder may still have it."""
-        return not self.is_sealed and may_run(self.holder)
+        """Whether its holder is known to have it still. The lock tells it for certain, and the claim of the port."""
+        return not self.is_sealed and is_running(self.holder) is True
 
 
 class Reading(NamedTuple):
@@ -253,10 +253,8 @@ def is_sealed(path: Path) -> bool:
 def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
     """Return the cells up to the last one that a record may need, as far as they are there."""
     records = list(records)
-    widths = {
-        one.number: STATE + count_values(one.type, one.bounds) for one in records if isinstance(one, FamilyRecord)
-    }
-    end = max((one.first + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
+    widths = {one.number: STATE + one.width for one in records if isinstance(one, FamilyRecord)}
+    end = max((one.begin + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
     cells = os.pread(file, 8 * end, CELLS_AT)
     return memoryview(cells[: len(cells) // 8 * 8]).cast("d")
 
@@ -273,7 +271,7 @@ def _collect(records: dict[int, Record], cells: memoryview[float]) -> Families:
                     del by_number[former[0].number]
         elif record.family in by_number:
             family, series = by_number[record.family]
-            begin, end = record.first + STATE, record.first + STATE + count_values(family.type, family.bounds)
+            first, end = record.begin + STATE, record.begin + STATE + family.width
             if end <= len(cells):
-                series[record.labelvalues] = [cells[record.first], *cells[begin:end]]
+                series[record.labelvalues] = [cells[first + CREATED], *cells[first:end]]
     return families

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from array import array
 
+from django_promports.family import Family
 from django_promports.layout import STATE, FamilyRecord, Labels
 from django_promports.reading import Families
-from django_promports.storage import Family
 
 
 def keep(families: Families) -> dict[str, Family]:
@@ -21,6 +21,7 @@ def keep(families: Families) -> dict[str, Family]:
 def _keep(record: FamilyRecord, series: dict[Labels, list[float]]) -> Family:
     cells, firsts = array("d"), {}
     for labelvalues, (created, *values) in series.items():
+        cells.extend([created, *[0.0] * (STATE - 1)])
         firsts[labelvalues] = len(cells)
-        cells.extend([created, *[0.0] * (STATE - 1), *(value if math.isfinite(value) else 0.0 for value in values)])
-    return Family(*record, firsts, memoryview(cells), 0)
+        cells.extend(value if math.isfinite(value) else 0.0 for value in values)
+    return Family(record, firsts, memoryview(cells), 0)

@@ -13,6 +13,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from django_promports.kinds import KINDS
 from django_promports.layout import (
     CELLS_AT,
     END_AT,
@@ -29,7 +30,6 @@ from django_promports.layout import (
     Record,
     SeriesRecord,
     check_seal,
-    count_values,
 )
 
 # The index may reach a record beyond its recorded end.
@@ -82,8 +82,8 @@ def _collect(file: int, old: OldIndex) -> Content:
             content[record.number] = record, []
         elif _is_text(record.labelvalues):
             family, series = content[record.family]
-            end = record.first + STATE + count_values(family.type, family.bounds)
-            series.append((record.labelvalues, list(cells[record.first : end])))
+            end = record.begin + STATE + family.width
+            series.append((record.labelvalues, list(cells[record.begin : end])))
     return list(content.values())
 
 
@@ -112,17 +112,18 @@ def _read_old_index(file: int, layout: Layout, size: int) -> OldIndex:
         at += SLOT.size + -(-length // 8) * 8
         what, *rest = json.loads(payload)
         if what == "series":
-            number, labelvalues, first = rest
+            number, labelvalues, begin = rest
             family = families[number]
-            end = first + STATE + count_values(family.type, family.bounds)
-            if first < cells_end or end > layout.cells:
+            end = begin + STATE + family.width
+            if begin < cells_end or end > layout.cells:
                 raise ValueError("cells")
             cells_end = end
-            series[number][tuple(labelvalues)] = SeriesRecord(number, tuple(labelvalues), first)
+            series[number][tuple(labelvalues)] = SeriesRecord(number, tuple(labelvalues), begin)
         elif what == "family":
             name, type_, help_, unit, labelnames, bounds = rest
             "".join([name, unit, *labelnames]).encode()
-            count_values(type_, bounds)
+            if type_ not in KINDS:
+                raise ValueError(type_)
             number = len(families)
             families.append(FamilyRecord(number, name, type_, help_, unit, tuple(labelnames), tuple(bounds), ""))
             living[name], series[number] = number, {}

@@ -20,12 +20,9 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, wraps
-from itertools import takewhile
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,21 +32,13 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 
 from django_promports import ports, presence
-from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, survey
 from django_promports.endpoint import Endpoint
-from django_promports.heir import Heir
 from django_promports.loop import READ, Steps
-from django_promports.own import own_metrics
-from django_promports.probe import APPLICATION
-from django_promports.routes import Routes
-from django_promports.scrape.exposition import Exposition
-from django_promports.scrapes import Scrapes
-from django_promports.terms import Terms
+from django_promports.serving import make_endpoint, read_first_key, read_terms
 
 logger = logging.getLogger("django_promports")
 
@@ -97,7 +86,7 @@ def _on_handler() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
-            presence.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
+            presence.relieve_parent(read_first_key(), STEP_DOWN_SECONDS)
             _claim()
     except Exception:
         logger.exception("This process (pid %s) claims no metrics port before its first request.", os.getpid())
@@ -206,83 +195,15 @@ def _is_usable(process: Holder) -> bool:
     return not process.is_broken
 
 
-def _read_terms() -> Terms:
-    return Terms(
-        conf.PROMPORTS_ADDRESS,
-        conf.PROMPORTS_PORT_RANGE,
-        conf.PROMPORTS_LEDGER_DIR,
-        conf.no_ledger_dir,
-        conf.project,
-        _read_first_key(),
-    )
-
-
 def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
-    scrapes, exporting = Scrapes(), {"created": conf.PROMPORTS_CREATED_SERIES}
-
-    def make_routes(
-        port: int, binding: Binding, note_scrape: Callable[[float], None], role: str = "heir", **more: Any
-    ) -> Routes:
-        return Routes(
-            exposition=Exposition(binding, **exporting),
-            about=_describe(port, role),
-            find_targets=find_targets,
-            survey=survey,
-            read_token=conf.read_token,
-            read_keys=conf.read_keys,
-            host=conf.PROMPORTS_TARGET_HOST,
-            scrapes=scrapes,
-            note_scrape=note_scrape,
-            **more,
-        )
-
-    activity = Activity(_binding.registry, conf.metric_namespace)
-    routes = make_routes(
-        claim.port, _binding, _binding.note_scrape, "worker", activity=activity, claimed_at=process.claimed_at
-    )
-    endpoint = Endpoint(claim.listener, routes, tls=conf.server_tls())
-    terms = _read_terms()
-    own_metrics().port.set(claim.port)
-    own_metrics().waiting.set_function(lambda: presence.count_waiting(terms.ports))
-    if not process.is_worker and (listener := presence.open_step_down(terms.key)):
+    endpoint, process.heir = make_endpoint(claim, _binding, claimed_at=process.claimed_at)
+    if not process.is_worker and (listener := presence.open_step_down(read_first_key())):
         endpoint.run(lambda loop: _await_child(process, listener), listener)
-    if terms.folder is not None and _binding.ledger is not None:
-        process.heir = Heir(terms.folder, terms, endpoint, scrapes, make_routes)
-        endpoint.run(process.heir.watch)
     return endpoint
 
 
-def _read_first_key() -> bytes:
-    """Return the first of the site's keys; empty if it has none, or if a wrong setting makes them unreadable."""
-    try:
-        return next(conf.read_keys(), b"")
-    except Exception:  # the claim logs what is wrong
-        return b""
-
-
-def _describe(claimed: int, role: str) -> Any:
-    about = {
-        "role": role,
-        "application": APPLICATION,
-        "project": conf.project,
-        "pid": os.getpid(),
-        "port": claimed,
-        "command": _command(),
-    }
-    began = time.monotonic()
-    return lambda: {**about, "uptime_seconds": round(time.monotonic() - began, 3)}
-
-
-def _command() -> str:
-    """Return the command line up to its first option: what follows may be a secret."""
-    program, *words = sys.argv or [sys.executable]
-    path = Path(program)
-    name = path.parent.name if path.name == "__main__.py" else path.name  # python -m gunicorn
-    return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
-
-
 _binding = Binding()
-_process = Holder(_binding, _read_terms, _make_endpoint)
+_process = Holder(_binding, read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
@@ -295,7 +216,7 @@ _uwsgi_carried: int | None = None
 def _begin_process() -> Holder:
     """Give this forked child a Holder of its own, and return the one that it inherited."""
     global _process
-    parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
+    parent, _process = _process, Holder(_binding, read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
     return parent
 

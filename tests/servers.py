@@ -187,10 +187,20 @@ def gunicorn(
     tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: str
 ) -> contextlib.AbstractContextManager[Site]:
     """Run gunicorn on the demo site."""
-    words = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
+    # The script: after SIGUSR2, gunicorn cannot run what `python -m` ran, as its own `http` would hide Python's.
+    words = [sys.executable, str(Path(sys.executable).with_name("gunicorn"))]
+    words += ["-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
     # A worker that is just being forked misses the SIGTERM that gunicorn sends it, and is killed after this time.
     words += ["-b", "127.0.0.1:{port}", "-w", str(workers), "--graceful-timeout", "15", *options]
     return serving(tmp_path, ports, *words, range_=range_, **env)
+
+
+def runserver(
+    tmp_path: Path, ports: Sequence[int], *options: str, **env: str
+) -> contextlib.AbstractContextManager[Site]:
+    """Run Django's development server on the demo site."""
+    words = [sys.executable, "manage.py", "runserver", "127.0.0.1:{port}", *options]
+    return serving(tmp_path, ports, *words, **{"DEMO_DEBUG": "1", **env})
 
 
 def database(tmp_path: Path) -> Path:

@@ -38,8 +38,8 @@ from django_promports.ports import claim
 from django_promports.probe import count_samples
 from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
-from tests.commands import survey_nothing
-from tests.servers import ROOT, SECONDS, wait_until
+from tests.commands import run_python, survey_nothing
+from tests.servers import SECONDS, wait_until
 from tests.test_activity import count_requests
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -92,9 +92,8 @@ def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[.
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
             options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
-            exposition, activity = Exposition(Binding(registry)), Activity(registry)
-            routes = Routes(exposition=exposition, activity=activity, **options)
-            endpoint = Endpoint(claimed.listener, routes, tls=tls)
+            options.setdefault("exposition", Exposition(Binding(registry)))
+            endpoint = Endpoint(claimed.listener, Routes(activity=Activity(registry), **options), tls=tls)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -183,33 +182,37 @@ def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
 def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
     serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    released = threading.Event()
+
+    class Long(Exposition):
+        def render(self, *asked: Any) -> Any:
+            while not released.is_set():
+                yield
+            return (yield from super().render(*asked))
+
     monkeypatch.setattr(routes_module, "COUNT_PATIENCE_SECONDS", 0.1)
-    many = Counter("many", "Many.", ["number"], registry=registry)
-    for number in range(20_000):  # it is rendered in many slices
-        many.labels(str(number))
-    served = serve()
+    exposition = Long(Binding(registry))
+    served = serve(exposition=exposition)
 
     told = json.loads(served.ask("/?activity", Accept="application/json")[2])
 
     assert told["series"] is None
-    wait_until(
-        lambda: json.loads(served.ask("/?activity", Accept="application/json")[2])["series"],
-        "the series are counted after all",
-    )
+    released.set()
+    wait_until(lambda: exposition.series, "the series are counted after all")
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
     found = []
-    asked = threading.Event()
+    asked: list[int] = []
 
     def find(loop: Loop) -> Steps[bytes]:
-        asked.set()
         found.append(1)
-        while len(loop._shared["/targets"].joiners) < 5:
+        while len(asked) < 5:
             yield from loop.give_way()
         return b'[{"targets": []}]'
 
-    served = serve(find_targets=find)
+    # The token is read in the step in which a request joins the others.
+    served = serve(find_targets=find, read_token=lambda: asked.append(1))
     answers: list[bytes] = []
     crowd = [threading.Thread(target=lambda: answers.append(served.ask("/targets")[2])) for _ in range(5)]
     for thread in crowd:
@@ -667,7 +670,7 @@ def test_a_thread_that_cannot_live_does_not_spin(
     served = serve()
     # A selector that always fails is beyond what a test can bring about.
     monkeypatch.setattr(Loop, "turn", turn)
-    served.endpoint._loop.wake()
+    served.connect().close()
     wait_until(lambda: len(turns) > 3, "it was tried a few times")
     spent = time.process_time()
     time.sleep(1)
@@ -714,14 +717,7 @@ print("DONE")
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(port)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, str(port), PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "DONE", done.stderr
     assert done.stderr.count("promports-endpoint ended (GreenletExit)") == 1
@@ -841,14 +837,7 @@ for descriptor in held:
     os.close(descriptor)
 print(urllib.request.urlopen(url, timeout=10).status)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "200", done.stderr
 

@@ -199,12 +199,12 @@ def test_a_damaged_ledger_is_reported_once_and_left_as_it_is(
         os.kill(one.pid, signal.SIGCONT)
 
         exported = await_heir(third, one)  # of the next port
-        one.wait_until(lambda: f"The last counts of port {second} cannot be shown" in one.output(), "it is logged")
+        one.wait_until(lambda: f"The last counts of port {second} cannot be served" in one.output(), "it is logged")
         heard = describe(third)["uptime_seconds"]
         one.wait_until(lambda: describe(third)["uptime_seconds"] > heard + 0.5, "the heir has looked again")
 
         assert exported["work_total"] == 9
-        lines = [line for line in one.output().splitlines() if f"port {second} cannot be shown" in line]
+        lines = [line for line in one.output().splitlines() if f"port {second} cannot be served" in line]
         assert len(lines) == 1
         assert content == (path.read_bytes() if path.is_file() and not path.is_symlink() else b"")
         assert "cannot be read" in shown()[second]["unserved"]

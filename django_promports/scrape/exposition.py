@@ -172,7 +172,7 @@ class Exposition:
                 collected = [metric for metric in restricted if metric is not None]
             for metric in collected:
                 scrape.shown.add(metric.name)
-                if unmade and series and metric.name == unmade.family.name:
+                if unmade and series and metric.name == unmade.family.record.name:
                     add_samples(metric, unmade.family, series, scrape.names)
             return collected
 
@@ -186,9 +186,9 @@ class Exposition:
     def _expose_unmade(self, scrape: _Scrape, family: Family) -> Slices:
         """Expose a metric that only the ledger has, or had when the scrape began."""
         try:
-            metric = make_metric(family)
-            kind = KINDS[family.type]
-            collector = kind.make(family.name, family.help, family.unit, family.labelnames, family.bounds)
+            metric, record = make_metric(family), family.record
+            kind = KINDS[record.type]
+            collector = kind.make(record.name, record.help, record.unit, record.labelnames, record.bounds)
             made = Made(collector, kind, with_exemplars=False)
         except Exception:
             self._fail(family, "%s, which the ledger has, is not a valid metric; it is missing, the others are served.")
