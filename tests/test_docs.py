@@ -54,7 +54,7 @@ def test_every_check_is_documented_once_and_the_other_way_round() -> None:
     assert set(documented) == raised
 
 
-@pytest.mark.parametrize("command", ["export_targets", "show_targets"])
+@pytest.mark.parametrize("command", ["export_targets", "show_targets", "await_scrape"])
 def test_every_option_of_a_command_is_documented(command: str) -> None:
     parser = load_command_class("django_promports", command).create_parser("manage.py", command)
     inherited = load_command_class("django.core", "migrate").create_parser("manage.py", "migrate")

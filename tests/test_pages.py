@@ -32,7 +32,7 @@ from django_promports.activity import KEPT_SECONDS, SAMPLE_SECONDS, Sample
 from django_promports.page import html, rates
 from django_promports.page.overview import Overview
 from django_promports.page.rates import Rate
-from django_promports.probe import Answer, Seen, State, count_samples, read
+from django_promports.probe import Answer, Role, Scraped, Seen, State, count_samples, read
 from django_promports.proof import UNSIGNED
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
 from tests.commands import answering, run_python
@@ -104,7 +104,7 @@ def test_what_is_said_to_the_page_is_text_and_nothing_else(text: str) -> None:
     about=st.fixed_dictionaries(
         {},
         optional=dict.fromkeys(
-            ["pid", "command", "uptime_seconds", "series", "activity"],
+            ["pid", "command", "uptime_seconds", "series", "activity", "role", "scrapes"],
             st.recursive(
                 st.none()
                 | st.booleans()
@@ -121,7 +121,98 @@ def test_no_answer_of_another_program_breaks_the_page(about: dict[str, Any]) -> 
     worker = live(**about)
 
     assert b"</html>" in render(find(worker), {"port": 19100})
+    assert worker.scraped in (None, Scraped(0))
     assert all(map(math.isfinite, [worker.uptime or 0, worker.series or 0, *(n for s in worker.samples for n in s)]))
+
+
+@pytest.mark.parametrize(
+    ("scrapes", "read"),
+    [
+        ({"total": 0}, Scraped(0)),
+        ({"total": 0, "by": "<b>", "seconds_ago": 1}, Scraped(0)),
+        ({"total": 2, "by": "10.0.0.7", "seconds_ago": 3}, Scraped(2, "10.0.0.7", 3.0)),
+        (
+            {"total": 2, "by": "fe80::1%eth0", "seconds_ago": 3, "interval_seconds": 15.2},
+            Scraped(2, "fe80::1%eth0", 3.0, 15.2),
+        ),
+        ({"total": 2, "by": "::1", "seconds_ago": 0, "interval_seconds": 0}, Scraped(2, "::1", 0.0)),
+        ({"total": 2, "by": "::1", "seconds_ago": 1, "interval_seconds": "15"}, Scraped(2, "::1", 1.0)),
+        ({"total": 2, "by": "the\x1b[31mred one", "seconds_ago": 1}, None),
+        ({"total": 2, "by": "1" * 65, "seconds_ago": 1}, None),
+        ({"total": 2, "by": ["::1"], "seconds_ago": 1}, None),
+        ({"total": 2, "by": "::1", "seconds_ago": -1}, None),
+        ({"total": 2, "by": "::1", "seconds_ago": math.nan}, None),
+        ({"total": 2, "by": "::1", "seconds_ago": True}, None),
+        ({"total": 2}, None),
+        ({"total": -1}, None),
+        ({"total": "2"}, None),
+        ({"total": 10**400}, None),
+        ({}, None),
+        ([], None),
+        ("never", None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_only_plausible_scrapes_are_believed(scrapes: object, read: Scraped | None) -> None:
+    assert live(scrapes=scrapes).scraped == read
+
+
+@pytest.mark.parametrize(
+    ("role", "is_worker"),
+    [("worker", True), ("heir", False), (None, True), ("master", True), (["heir"], True), (7, True)],
+    ids=str,
+)
+def test_only_an_heir_is_not_a_worker(role: object, is_worker: bool) -> None:
+    assert live(role=role).is_worker == is_worker
+    assert not seen(19100, "silent").is_worker
+
+
+@pytest.mark.parametrize(
+    ("scraped", "shown"),
+    [
+        (Scraped(0), "never"),
+        (Scraped(1, "10.0.0.7", 3.2), "3 s ago by 10.0.0.7"),
+        (Scraped(2, "10.0.0.7", 3.2, 15.01), "3 s ago by 10.0.0.7, every 15 s"),
+        (Scraped(2, "10.0.0.7", 3.2, 59.98), "3 s ago by 10.0.0.7, every 1 m 0 s"),
+        (Scraped(2, "::1", 400.0, 0.998), "6 m 40 s ago by ::1, every 1 s"),
+    ],
+    ids=str,
+)
+def test_the_last_scrape_is_shown_in_words(scraped: Scraped, shown: str) -> None:
+    assert html.format_scraped(scraped) == shown
+    drawn = Elements(render(find(seen(19100, "live", role=Role.WORKER, scraped=scraped))))
+    assert f"scraped: {shown}" in drawn.text
+    assert ("small", {"class": "warning"}) in drawn.tags or shown != "never"
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("127.0.0.1", "1 of 2 workers were never scraped. PROMPORTS_ADDRESS is 127.0.0.1: a Prometheus on another"),
+        ("::1", "1 of 2 workers were never scraped. PROMPORTS_ADDRESS is ::1: a Prometheus on another"),
+        ("0.0.0.0", "1 of 2 workers were never scraped.\n"),
+        ("", "1 of 2 workers were never scraped.\n"),
+    ],
+)
+def test_workers_that_were_never_scraped_stand_out_with_the_usual_reason(address: str, hint: str) -> None:
+    workers = [
+        seen(19100, "live", role=Role.WORKER, scraped=Scraped(3, "::1", 1.0)),
+        seen(19101, "live", role=Role.WORKER, scraped=Scraped(0)),
+        seen(19102, "live", role=Role.HEIR, scraped=Scraped(0)),
+    ]
+
+    text = Elements(render(find(*workers)._replace(address=address))).text
+
+    assert hint in text
+    assert "3 live (1 for workers that have ended), 5 of 8 ports free" in text
+    assert "live, heir" in text
+
+
+def test_an_heir_alone_is_not_a_running_site() -> None:
+    text = Elements(render(find(seen(19102, "live", role=Role.HEIR, scraped=Scraped(0))))).text
+
+    assert "No worker of this site holds a port" in text
 
 
 @pytest.mark.parametrize(
