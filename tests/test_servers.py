@@ -351,7 +351,7 @@ def test_gunicorn_that_executes_a_new_master(free_ports: range, tmp_path: Path, 
         os.kill(new, signal.SIGTERM)
         site.child.wait_until(lambda: not site.child.survivors(), "no process is left")
     row["end"] = how_they_ended(tmp_path / "ledgers", free_ports[:4])
-    notes = "end the old master within 5 s, or its last counts stay in ledgers of ports that no worker holds"
+    notes = "while the old master runs, the new workers have higher ports"
     row.update(Row(ports="4", exact=YES, recycle=f"{YES} USR2", kill="as sync", notes=notes))
 
 
