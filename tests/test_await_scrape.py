@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pytest_django import Settings
 
 from django_promports.conf import Conf
 from tests.commands import answering, call
-from tests.servers import Child, gunicorn, manage, request, running, scrape, send_requests
+from tests.servers import Child, export_targets, gunicorn, manage, prometheus, request, running, scrape, send_requests
 from tests.workers import await_heir, kill, worker
 
 
@@ -189,6 +190,30 @@ def test_a_signal_ends_it_with_a_line(number: signal.Signals, port_range: range,
 
         assert status(command) == 1
         assert f"Stopped by a signal. Not scraped yet: {port_range[0]} (never scraped)." in command.output()
+
+
+@pytest.mark.succession
+def test_a_pod_that_waits_before_it_is_deleted_takes_no_count_with_it(
+    program: Callable[[str], str], free_ports: range, tmp_path: Path
+) -> None:
+    *metric_ports, site_port, prometheus_port = free_ports[:6]
+    folder = tmp_path / "prometheus"
+    folder.mkdir()
+    # With this interval, hardly any of the last requests are scraped by chance.
+    with prometheus(program("prometheus"), folder, prometheus_port, seconds=5) as server:
+        export_targets(folder / "targets/django.json", metric_ports)
+        with gunicorn(tmp_path, [*metric_ports, site_port], workers=3) as site:
+            live = site.wait_for_workers(3)
+            server.child.wait_until(lambda: len(server.up()) == 3, "Prometheus scrapes the workers")
+            answered = send_requests(100, lambda _: site.request()).count(200)
+            os.kill(live[metric_ports[2]], signal.SIGKILL)
+            answered += send_requests(100, lambda _: site.request()).count(200)
+            done = manage("await_scrape", DEMO_PORT_RANGE=f"{metric_ports[0]}-{metric_ports[-1]}")
+            os.killpg(site.child.pid, signal.SIGKILL)
+            shutil.rmtree(tmp_path / "ledgers")
+
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert server.count("django_http_requests_before_middlewares_total") >= answered
 
 
 @pytest.mark.parametrize(
