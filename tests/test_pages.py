@@ -209,6 +209,15 @@ def test_workers_that_were_never_scraped_stand_out_with_the_usual_reason(address
     assert "live, heir" in text
 
 
+def test_the_page_of_an_heir_says_so_and_who_has_scraped_it() -> None:
+    own = {"port": 19102, "role": "heir", "scrapes": {"total": 1, "by": "10.0.0.7", "seconds_ago": 3.5}}
+
+    text = Elements(render(find(), own)).text
+
+    assert "Heir on port 19102" in text
+    assert "scraped3 s ago by 10.0.0.7\n" in text
+
+
 def test_an_heir_alone_is_not_a_running_site() -> None:
     text = Elements(render(find(seen(19102, "live", role=Role.HEIR, scraped=Scraped(0))))).text
 

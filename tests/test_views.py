@@ -140,21 +140,24 @@ def test_prometheus_follows_the_workers_through_a_reload_and_when_their_number_c
 
 
 def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozenset()) -> set[float]:
-    """Wait until the targets of both jobs are exactly the live workers, and have been scraped.
+    """Wait until the targets of both jobs are exactly the live workers and heirs, and the workers have been scraped.
 
     Return the start times of the processes. but: start times of processes that must be gone. A refresh takes a second,
     and Prometheus applies new targets every five; the rest of the deadline is for a busy machine.
     """
 
     def find() -> set[float]:
-        live = {f"127.0.0.1:{port}" for port in site.live()}
+        live, heirs = ({f"127.0.0.1:{port}" for port in found()} for found in (site.live, site.heirs))
+        listed = live | heirs
         known: dict[str, set[str]] = {"endpoint": set(), "site": set()}
         for target in server.ask("targets")["activeTargets"]:
             known[target["labels"]["job"]].add(target["labels"]["instance"])
         began = {job: server.query(f'process_start_time_seconds{{job="{job}"}}') for job in known}
         if f"127.0.0.1:{site.ports[0]}" not in live:  # Prometheus gets its list from this one, and keeps the last list
             del known["endpoint"]
-        if any(known[job] != live or set(began[job]) != live or set(began[job].values()) & but for job in known):
+        if any(
+            known[job] != live | heirs or set(began[job]) != live or set(began[job].values()) & but for job in known
+        ):
             return set()
         return set(began["site"].values())
 

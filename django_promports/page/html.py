@@ -103,7 +103,8 @@ def draw(found: Overview, own: Mapping[str, object] | None = None) -> Iterator[s
     own: the description of the worker that serves it; None if the site serves it.
     """
     port = own.get("port") if own else None
-    title = "Workers" if own is None else escape(f"Worker on port {port}")
+    role = "Heir" if own and own.get("role") == Role.HEIR else "Worker"
+    title = "Workers" if own is None else escape(f"{role} on port {port}")
     yield HEAD.format(title=title, project=escape(found.project), style=STYLE, refresh=REFRESH_SECONDS)
     yield from _draw_summary(found)
     many = [measure_all(worker.samples) for worker in found.workers]
