@@ -155,9 +155,7 @@ def wait_until_scraped(server: Prometheus, site: Site, but: Set[float] = frozens
         began = {job: server.query(f'process_start_time_seconds{{job="{job}"}}') for job in known}
         if f"127.0.0.1:{site.ports[0]}" not in live:  # Prometheus gets its list from this one, and keeps the last list
             del known["endpoint"]
-        if any(
-            known[job] != live | heirs or set(began[job]) != live or set(began[job].values()) & but for job in known
-        ):
+        if any(known[job] != listed or set(began[job]) != live or set(began[job].values()) & but for job in known):
             return set()
         return set(began["site"].values())
 
