@@ -194,7 +194,7 @@ class Heir:
     def _note_taken(self, port: int) -> None:
         """Log it if neither a process of the site nor another heir can be the one that has the port."""
         self._taken[port] += 1
-        if self._taken[port] == TAKEN_LOOKS and not presence.has_heir(self._terms.key, port):
+        if self._taken[port] == TAKEN_LOOKS and not presence.may_have_heir(self._terms.key, port):
             logger.warning(
                 "The last counts of port %s cannot be scraped while another program has the port. End that program, or "
                 "give it another port.",
