@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,9 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from django_promports import folders, unix
+from django_promports import discovery, folders, neighbours, unix
 from django_promports.conf import WILDCARDS, conf, show
+from django_promports.loop import Loop
 from django_promports.ports import format_ports
 
 TAG = "promports"
@@ -51,6 +53,11 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
     ),
     ("E008", lambda: conf.read_token(), "Use a readable file that contains the token."),
     ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
+    (
+        "E015",
+        lambda: conf.PROMPORTS_SITE,
+        "Use a short name that no other site of the machine has, such as 'shop'.",
+    ),
     ("E013", lambda: conf.PROMPORTS_CREATED_SERIES, "Use True or False."),
     (
         "E011",
@@ -79,8 +86,8 @@ def check_requests(**kwargs: Any) -> list[checks.CheckMessage]:
 
 
 def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
-    """With `check --deploy`, report that everyone can read the metrics, and that counting may wait for a disk."""
-    return _carry_out(_check_exposure, _check_file_system) if unix.SUPPORTED else []
+    """With `check --deploy`, report what concerns the machine: who can read the metrics, disks, and other sites."""
+    return _carry_out(_check_exposure, _check_file_system, _check_other_sites) if unix.SUPPORTED else []
 
 
 def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[checks.CheckMessage]:
@@ -133,6 +140,16 @@ def _check_exposure() -> list[checks.CheckMessage]:
             id="promports.W002",
         )
     ]
+
+
+def _check_other_sites() -> Iterator[checks.CheckMessage]:
+    try:
+        with contextlib.closing(Loop()) as loop:
+            found = loop.complete(discovery.look(loop)) if conf.PROMPORTS_ENABLED else []
+    except (ImproperlyConfigured, OSError):
+        return  # check_settings() reports it
+    for fault in neighbours.find_rivals(found, conf.project, conf.place):
+        yield checks.Warning(fault.what, hint=fault.hint, id="promports.W009")
 
 
 def _check_values() -> Iterator[checks.CheckMessage]:

@@ -46,7 +46,8 @@ class Terms(NamedTuple):
     """The settings of a claim.
 
     folder: where the ledgers are; None: count in memory. no_folder: why there is none, unless the settings ask for
-    that. site: the site to which the ledgers belong.
+    that. site: the site to which the ledgers belong. former_sites, former_folders: what they were called before, and
+    where they were.
     """
 
     address: str
@@ -54,6 +55,8 @@ class Terms(NamedTuple):
     folder: Path | None
     no_folder: str
     site: str
+    former_sites: Sequence[str] = ()
+    former_folders: Sequence[Path] = ()
 
 
 class Holder:
@@ -186,13 +189,13 @@ class Holder:
                 claim = ports.claim(terms.address, [number for number in terms.ports if number not in others])
                 self.claimed_at = time.monotonic()
                 try:
-                    if make_folder(folder):
+                    if make_folder(folder, terms.former_folders):
                         self._made_folder = folder
                     self._make_secret(folder)
                     if _is_reload(folder, terms.ports, claim.port, waited):
                         passed.append(claim)
                         raise Undecided
-                    return claim, Ledger(folder / f"{claim.port}.ledger", terms.site)
+                    return claim, Ledger(folder / f"{claim.port}.ledger", terms.site, former=terms.former_sites)
                 except LedgerLocked:
                     passed.append(claim)
                 except (OSError, LedgerFull) as error:

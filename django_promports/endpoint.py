@@ -72,7 +72,8 @@ class Endpoint:
     conversations that return the http_sd document of /targets, and what / shows of all processes. activity: the recent
     request counts of this process. tls: serve HTTPS with this context. read_token: returns the bearer token to require,
     if any. read_keys: returns the keys of the site, with which its own processes authenticate instead. host: the host
-    under which Prometheus reaches this endpoint. claimed_at: when (time.monotonic) the port was claimed.
+    under which Prometheus reaches this endpoint. claimed_at: when (time.monotonic) the port was claimed. watch: a
+    conversation that looks at the other ports.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Endpoint:
         read_keys: Callable[[], Iterable[bytes]] = tuple,
         host: str = "",
         claimed_at: float | None = None,
+        watch: Callable[[Loop], Steps[None]] | None = None,
     ) -> None:
         self._listener = listener
         self._about = about
@@ -103,6 +105,7 @@ class Endpoint:
         self._read_keys = read_keys
         self._host = host
         self._claimed_at = monotonic() if claimed_at is None else claimed_at
+        self._watch = watch
         self._log = LimitedLog()
         self._connections: dict[Conversation, Stage] = {}  # oldest first
         self._held: list[tuple[Callable[[], Steps[None]], socket.socket]] = []
@@ -117,6 +120,8 @@ class Endpoint:
         self._rendering = False
         self._connections.clear()
         loop.spawn(self._activity.keep(loop))
+        if self._watch is not None:
+            loop.spawn(self._watch(loop))
         for begin, _ in self._held:
             loop.spawn(begin())
         return loop.spawn(self._accept())

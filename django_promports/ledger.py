@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,14 +66,16 @@ class Ledger:
     values begin STATE cells after its first one. is_new: whether there was no such file before.
     """
 
-    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
+    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT, *, former: Iterable[str] = ()) -> None:
         """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
-        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
-        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
+        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted,
+        and one of a former name of the application is continued. A file that is not a ledger of this application, or
+        damaged, is set aside with a WARNING, and replaced.
         """
         self.path = path
         self._site, self._layout = hash_site(application), layout
+        self._former, self._is_former = {hash_site(name) for name in former}, False
         file = _open_locked(path)
         try:
             self.is_new = os.fstat(file).st_size == 0
@@ -144,7 +147,8 @@ class Ledger:
             return self._renew(Copy([]))
         try:
             version, site = read_header(file, self._layout.size)
-            if site != self._site:
+            self._is_former = site != self._site
+            if self._is_former and site not in self._former:
                 raise LedgerDamaged("it belongs to another site")
             if version == 2:
                 content, settled_at, opened_at = read_old_file(file, self._layout)
@@ -198,7 +202,7 @@ class Ledger:
                 senseless[0],
                 len(set(senseless)) - 1,
             )
-        if storage.is_sparse:
+        if storage.is_sparse or self._is_former:  # a new file has the site's present name
             content = [
                 (
                     family.record,

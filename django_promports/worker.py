@@ -40,8 +40,9 @@ from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder, Terms
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, survey
+from django_promports.discovery import find_targets, survey, watch
 from django_promports.endpoint import Endpoint
+from django_promports.folders import identify
 from django_promports.loop import READ, Steps
 from django_promports.own import own_metrics
 from django_promports.probe import APPLICATION
@@ -208,7 +209,9 @@ def _read_terms() -> Terms:
         conf.PROMPORTS_PORT_RANGE,
         conf.PROMPORTS_LEDGER_DIR,
         conf.no_ledger_dir,
-        conf.project,
+        conf.PROMPORTS_SITE,
+        conf.former_sites,
+        conf.former_folders,
     )
 
 
@@ -226,6 +229,7 @@ def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
         read_keys=conf.read_keys,
         host=conf.PROMPORTS_TARGET_HOST,
         claimed_at=process.claimed_at,
+        watch=partial(watch, port=claim.port, claimed_at=process.claimed_at),
     )
     own_metrics().port.set(claim.port)
     own_metrics().waiting.set_function(lambda: presence.count_waiting(port_range))
@@ -246,6 +250,9 @@ def _describe(claimed: int) -> Any:
     about = {
         "application": APPLICATION,
         "project": conf.project,
+        "site": conf.PROMPORTS_SITE,
+        "place": conf.place,
+        "ledger_folder": identify(conf.PROMPORTS_LEDGER_DIR),
         "pid": os.getpid(),
         "port": claimed,
         "command": _command(),
