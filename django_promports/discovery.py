@@ -45,10 +45,13 @@ def look(loop: Loop) -> Steps[list[Seen]]:
     return (yield from probe.look(loop, conf.site, conf.local_address, conf.PROMPORTS_PORT_RANGE))
 
 
-def find_faults(found: Sequence[Seen]) -> list[Fault]:
-    """Return what is wrong with the settings, as seen from what was found at the ports of this machine."""
+def find_faults(found: Sequence[Seen], *, rivals: bool = True) -> list[Fault]:
+    """Return what is wrong with the settings, as seen from what was found at the ports of this machine.
+
+    rivals: whether another site in the range matters.
+    """
     return [
-        *find_rivals(found, conf.project, conf.place),
+        *(find_rivals(found, conf.project, conf.place) if rivals else ()),
         *find_other_places(found, conf.place),
         *find_other_folders(found, conf.PROMPORTS_LEDGER_DIR),
     ]

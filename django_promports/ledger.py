@@ -147,12 +147,12 @@ class Ledger:
             return self._renew(Copy([]))
         try:
             version, site = read_header(file, self._layout.size)
-            self._is_former = site != self._site
-            if self._is_former and site not in self._former:
+            if site != self._site and site not in self._former:
                 raise LedgerDamaged("it belongs to another site")
             if version == 2:
                 content, settled_at, opened_at = read_old_file(file, self._layout)
                 return self._renew(Copy(content, settled_at, opened_at))
+            self._is_former = site != self._site
             storage = Storage(self.path, file, self._layout)
             try:
                 storage.load()

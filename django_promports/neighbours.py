@@ -40,8 +40,8 @@ def find_rivals(found: Iterable[Seen], project: str, place: str) -> Iterator[Fau
             )
         else:
             yield Fault(
-                f"Another site ({rival.site or 'with other keys'}) holds {format_ports(ports)}, in the port range of "
-                "this site: a target list of the whole range contains the workers of both, and sums count both.",
+                f"Another site ({rival.site or 'with other keys'}) has workers at {format_ports(ports)}, in the port "
+                "range of this site: a target list of the whole range contains both, and sums count both.",
                 "Give each site a PROMPORTS_PORT_RANGE of its own.",
             )
 

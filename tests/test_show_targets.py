@@ -25,7 +25,7 @@ from pytest_django import Settings
 
 import django_promports
 from django_promports import presence, probe
-from tests.commands import answering, call, endpoint
+from tests.commands import DEMO, answering, call, endpoint
 from tests.servers import ROOT, manage, running, wait_until
 
 
@@ -54,12 +54,12 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
     with contextlib.ExitStack() as stack:
         stack.enter_context(answering(free_ports[1], b"220 mail ESMTP\r\n"))
         stack.enter_context(endpoint(free_ports, registry=registry, pid=4711, command="gunicorn", uptime_seconds=8.4))
-        stack.enter_context(endpoint(free_ports, project="another"))
+        stack.enter_context(endpoint(free_ports, site="another"))
         stack.enter_context(endpoint(free_ports))
 
         out, err = call("show_targets")
 
-    *table, summary = out.splitlines()
+    *table, summary, fault = out.splitlines()
     cells = [re.split(" {2,}", re.sub(r"\d+\.\d ms", "# ms", line.strip())) for line in table]
     assert cells == [
         ["port", "state", "pid", "command", "uptime", "series", "scrape"],
@@ -69,6 +69,7 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
         [str(free_ports[3]), "live", "-", "-", "-", "0", "# ms"],
     ]
     assert summary == f"2 live, 2 of 6 ports free in {free_ports[0]}-{free_ports[5]}."
+    assert fault.startswith(f"Another site (another) has workers at {free_ports[2]}, in the port range of this site")
     # The columns are aligned, the last one to the right.
     assert len({len(line) for line in table}) == 1
     assert err == ""
@@ -267,7 +268,7 @@ def watching(*words: str, ports: range, **env: str) -> Iterator[Terminal]:
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
     """Serve an endpoint of the site that describes itself as another process."""
-    return endpoint(ports, project="demo_site.settings", pid=4711, command="[red]gunicorn")
+    return endpoint(ports, site=DEMO, pid=4711, command="[red]gunicorn")
 
 
 def test_a_watched_table_stays_in_place_on_a_terminal_and_has_colours(free_ports: range) -> None:

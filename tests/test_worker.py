@@ -182,7 +182,7 @@ def test_whoever_gets_a_port_that_was_freed_finds_its_ledger_free(
     close = Endpoint.abandon
 
     def open_ledger_and_close(endpoint: Endpoint) -> None:
-        Ledger(path, conf.project).close()  # raises LedgerLocked
+        Ledger(path, conf.PROMPORTS_SITE).close()  # raises LedgerLocked
         close(endpoint)
 
     monkeypatch.setattr(Endpoint, "abandon", open_ledger_and_close)

@@ -105,13 +105,14 @@ class Command(BaseCommand):
             options["hosts"] = _hosts(**options)
         run = self.check_targets if options["check"] else self.watch if watch else self.write
         if not options["hosts"] and not options["check"] and options["format"] != "kubernetes":
-            self.warn()
+            self.warn(live=options["live"])
         run(**options)
 
-    def warn(self) -> None:
-        """Print what is wrong with the settings, as seen from what runs on this machine now."""
-        with _said_to_the_user(), contextlib.closing(Loop()) as loop:
-            for fault in find_faults(loop.complete(look(loop))):
+    def warn(self, *, live: bool) -> None:
+        """Print what is wrong with the settings, as seen from what runs now. live: other sites are not in the list."""
+        # The system checks report settings that cannot be used.
+        with contextlib.suppress(ImproperlyConfigured), contextlib.closing(Loop()) as loop:
+            for fault in find_faults(loop.complete(look(loop)), rivals=not live):
                 self.stderr.write(str(fault))
 
     def watch(self, **options: Any) -> None:
