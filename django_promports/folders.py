@@ -16,7 +16,7 @@ logger = logging.getLogger("django_promports")
 SHARED_MEMORY = Path("/dev/shm")
 # The first user who is not a system user, for systemd-logind.
 FIRST_REGULAR_USER = 1000
-SYSTEMD = Path("/run/systemd/system")
+SYSTEMD = "/run/systemd/system"
 
 
 class ForeignFolder(PermissionError):
@@ -31,15 +31,15 @@ def name_folder(site: str) -> str:
 def find_default(site: str, project: str) -> Path:
     """Return the path of the default folder of a site. Raises OSError if no folder can be made anywhere.
 
-    A folder that the site has in the temporary directory is kept there: version 0.1 made it, under the name of the
-    project. make_folder() gives it its new name.
+    A folder that version 0.1 made in the temporary directory, under the name of the project, stays there.
+    make_folder() gives it its new name.
     """
-    name = name_folder(site)
+    folder = find_base() / name_folder(site)
     with suppress(OSError):
         temporary = Path(tempfile.gettempdir())
-        if any(_is_own(temporary / former) for former in (name, name_folder(project))):
-            return temporary / name
-    return find_base() / name
+        if not _is_own(folder) and any(_is_own(temporary / name_folder(name)) for name in (site, project)):
+            return temporary / folder.name
+    return folder
 
 
 def find_base() -> Path:
@@ -52,7 +52,7 @@ def find_base() -> Path:
     if os.path.isabs(runtime) and _is_usable_base(Path(runtime)):
         return Path(runtime)
     # When a regular user logs out, systemd-logind removes all that the user has in /dev/shm (RemoveIPC=).
-    if (os.geteuid() < FIRST_REGULAR_USER or not SYSTEMD.is_dir()) and _is_usable_base(SHARED_MEMORY):
+    if (os.geteuid() < FIRST_REGULAR_USER or not os.path.isdir(SYSTEMD)) and _is_usable_base(SHARED_MEMORY):
         return SHARED_MEMORY
     return Path(tempfile.gettempdir())
 

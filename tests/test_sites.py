@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -287,7 +289,7 @@ print(conf.PROMPORTS_LEDGER_DIR, conf.no_ledger_dir)
 
 def default_folder(code: str = "", **env: str) -> str:
     """Return the default folder of a process with this environment, and why there is none."""
-    done = run_python(DEFAULT_FOLDER.format(code=code), **env)
+    done = run_python(DEFAULT_FOLDER.format(code=code), seconds=60, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -321,6 +323,26 @@ def test_a_runtime_directory_of_another_user_is_not_used(runtime: Path) -> None:
     assert found.startswith("/dev/shm/django_promports-65534-")
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="not Linux")
+def test_counts_in_shared_memory_outlive_the_site(free_ports: range, tmp_path: Path) -> None:
+    shop = Shop(tmp_path, "a", secret_key=str(tmp_path))
+    found = set()
+
+    try:
+        for total in (2, 4):
+            with shop.serve(free_ports[:4], free_ports[14], RUNTIME_DIRECTORY="") as site:
+                (port,) = site.wait_for_workers(1)
+                assert [site.request() for _ in range(2)] == [200] * 2
+                assert orders(site, shop) == {port: total}
+                found.add(Path("/dev/shm", f"django_promports-{os.geteuid()}-{site.abouts()[port]['site']}"))
+        (folder,) = found
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / f"{port}.ledger").exists()
+    finally:
+        for folder in found:
+            shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("shared", ["missing", "not-sticky"])
 def test_where_shared_memory_cannot_be_used_it_is_the_temporary_directory(
     shared: str, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
@@ -344,11 +366,15 @@ def test_where_shared_memory_cannot_be_used_it_is_the_temporary_directory(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_where_logind_would_remove_it_it_is_the_temporary_directory(runtime: Path) -> None:
     # systemd does not run in a container, and a test cannot start it.
-    runtime.chmod(0o777)
-    systemd = f"folders.SYSTEMD = Path({str(runtime)!r})\n"
+    systemd = "folders.SYSTEMD = '/'\n"
 
-    assert default_folder(BECOME_NOBODY + systemd, TMPDIR=str(runtime)).startswith(f"{runtime}/django_promports-65534-")
-    assert default_folder(systemd, TMPDIR=str(runtime)).startswith("/dev/shm/django_promports-0-")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        nobody = default_folder(BECOME_NOBODY + systemd, TMPDIR=folder)
+        root = default_folder(systemd, TMPDIR=folder)
+
+    assert nobody.startswith(f"{folder}/django_promports-65534-")
+    assert root.startswith("/dev/shm/django_promports-0-")
 
 
 def test_a_command_that_looks_at_another_folder_says_so(free_ports: range, tmp_path: Path) -> None:
@@ -459,7 +485,7 @@ def test_a_new_secret_key_continues_the_counts_of_its_fallbacks(free_ports: rang
     changed = "SECRET_KEY_FALLBACKS, SECRET_KEY = [SECRET_KEY], 'a new key'"
 
     for environment, total in (({}, 3), ({"SHOP_SETTINGS": changed}, 6)):
-        with shop.serve(ports, free_ports[14], **environment) as site:
+        with shop.serve(ports, free_ports[14], workers=1, **environment) as site:
             site.wait_for_workers(1)
             assert [site.request() for _ in range(3)] == [200] * 3
             assert sum(orders(site, shop).values()) == total
