@@ -28,6 +28,8 @@ PLATFORM = "promports.W006"
 REQUESTS = "promports.W007"
 # File systems in memory. On any other, a write to a mapped file sometimes waits for the disk.
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
+# So many sites of one user with one settings module are not expected.
+MAX_SIBLINGS = 8
 KERNEL = Path("/proc/sys/net/ipv4")
 # The classes that count requests, in their order.
 MIDDLEWARE = ("PrometheusBeforeMiddleware", "PrometheusAfterMiddleware")
@@ -240,6 +242,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
         if folder is not None:
+            yield from _check_siblings(folder)
             folders.check_folder(folder)
         elif conf.no_ledger_dir:
             yield checks.Warning(
@@ -264,6 +267,17 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
             "they end.",
             hint="Use a folder that belongs to the user who runs the workers, with mode 0700.",
             id=LEDGER_FOLDER,
+        )
+
+
+def _check_siblings(folder: Path) -> Iterator[checks.CheckMessage]:
+    number = len(folders.find_siblings(folder, conf.project)) if conf.has_default_ledger_dir else 0
+    if number > MAX_SIBLINGS:
+        yield checks.Warning(
+            f"There are {number} ledger folders of sites with the settings module {conf.project} in {folder.parent}.",
+            hint="If each process makes a random SECRET_KEY, so that each counts as another site, set SECRET_KEY or "
+            "PROMPORTS_SITE to a fixed value. Then remove the folders that are not in use.",
+            id="promports.W010",
         )
 
 

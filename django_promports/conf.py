@@ -68,9 +68,13 @@ class Conf:
         return self._read("PROMPORTS_SITE", _parse_site, str)
 
     @property
+    def has_default_ledger_dir(self) -> bool:
+        return not hasattr(settings, "PROMPORTS_LEDGER_DIR")
+
+    @property
     def no_ledger_dir(self) -> str:
         """The reason why PROMPORTS_LEDGER_DIR has no default; empty if it has one, or the setting is set."""
-        if hasattr(settings, "PROMPORTS_LEDGER_DIR"):
+        if not self.has_default_ledger_dir:
             return ""
         try:
             folders.find_base()
@@ -140,7 +144,7 @@ class Conf:
     def former_folders(self) -> list[Path]:
         """The default folders of the former sites."""
         folder = self.PROMPORTS_LEDGER_DIR
-        if folder is None or hasattr(settings, "PROMPORTS_LEDGER_DIR"):
+        if folder is None or not self.has_default_ledger_dir:
             return []
         return [folder.with_name(folders.name_folder(site)) for site in self.former_sites]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -40,6 +41,12 @@ def find_default(site: str, project: str) -> Path:
         if not _is_own(folder) and any(_is_own(temporary / name_folder(name)) for name in (site, project)):
             return temporary / folder.name
     return folder
+
+
+def find_siblings(folder: Path, project: str) -> list[Path]:
+    """Return the default folders of this user's sites with this settings module, that are next to this one."""
+    pattern = f"{glob.escape(name_folder(project))}-{'[0-9a-f]' * 8}"
+    return sorted(folder.parent.glob(pattern))
 
 
 def find_base() -> Path:

@@ -34,9 +34,10 @@ def find_rivals(found: Iterable[Seen], project: str, place: str) -> Iterator[Fau
     for rival, ports in rivals.items():
         if place and (rival.project, rival.place) == (project, place):
             yield Fault(
-                f"Processes at {format_ports(ports)} have the settings module {project} and the folder {place} of this "
-                "site, but another SECRET_KEY: each of them counts as another site.",
-                "Give all processes of the site the same SECRET_KEY, or set PROMPORTS_SITE.",
+                f"Workers at {format_ports(ports)} have the settings module {project} and the folder {place} of this "
+                "site, but another SECRET_KEY, so they count as another site.",
+                "If they belong to this site, give all its processes the same SECRET_KEY, or set PROMPORTS_SITE; if "
+                "not, give each site a PROMPORTS_PORT_RANGE of its own.",
             )
         else:
             yield Fault(

@@ -185,9 +185,24 @@ def test_a_secret_key_that_each_process_makes_for_itself_is_named(free_ports: ra
     with shop.serve(ports, free_ports[14], workers=2, SHOP_SETTINGS=random) as site:
         site.wait_for_workers(2)
 
-        site.child.wait_until(lambda: "Give all processes of the site the same SECRET_KEY" in site.child.output(), "")
+        site.child.wait_until(lambda: "give all its processes the same SECRET_KEY" in site.child.output(), "")
 
     assert f"have the settings module config.settings and the folder {shop.folder} of this site" in site.child.output()
+
+
+def test_many_folders_of_one_settings_module_are_a_warning(tmp_path: Path) -> None:
+    shop = Shop(tmp_path, "a")
+    name = f"django_promports-{os.geteuid()}-config.settings"
+    for number in range(9):
+        (shop.runtime / f"{name}-0000000{number}").mkdir(mode=0o700)
+    set_ = {"MINIMAL_LEDGER_DIR": str(shop.runtime / f"{name}-00000000")}
+
+    warned = django_admin("check", **shop.env).stderr
+    (shop.runtime / f"{name}-00000000").rename(shop.runtime / f"{name}-another")
+    few = django_admin("check", **shop.env).stderr
+
+    assert "(promports.W010) There are 9 ledger folders of sites with the settings module config.settings in" in warned
+    assert "promports.W010" not in few + django_admin("check", **shop.env, **set_).stderr
 
 
 # ---- one site in two places
