@@ -1,7 +1,7 @@
 """Probing: asking ports over HTTP whether a worker of this site is there, and what it does.
 
-An answer is not trusted: any program may hold the port. Only an endpoint that proves to belong to this site is live,
-and of its answer only plausible values are kept.
+An answer is not trusted: any program may hold the port. Only an endpoint that proves that it belongs to this site is
+live, and of its answer only plausible values are kept.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def find_live(
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
-    """Ask a port for a path; only an endpoint that proves to belong to this site is `live`.
+    """Ask a port for a path; only an endpoint that proves that it belongs to this site is `live`.
 
     Raises ValueError if the host has no address.
     """
@@ -216,7 +216,7 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
             about = json.loads(body)
             application, name = about["application"], about.get("site")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return other("it answers garbage")
+            return other("its answer is malformed")
         if name is None:  # before version 0.2, endpoints had neither a site nor a signature
             return other(doubt or proof.UNSIGNED)
         if application != APPLICATION or name != site.name:

@@ -24,6 +24,7 @@ from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.loop import Loop, Steps
 from django_promports.page.overview import Overview
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.secret import derive_key
 from tests.servers import ROOT
@@ -69,17 +70,16 @@ def endpoint(
     claim = ports.claim("127.0.0.1", range_)
     names = {"project": site or conf.project, "site": site or conf.PROMPORTS_SITE}
     described = {"application": "django_promports", **names, **about}
-    served = Endpoint(
-        claim.listener,
+    routes = Routes(
         about=lambda: described,
         find_targets=_find_none,
         survey=survey_nothing,
         exposition=Exposition(Binding(registry or CollectorRegistry())),
         activity=Activity(registry or CollectorRegistry()),
-        tls=tls,
         read_token=lambda: token,
         read_keys=conf.read_keys if keys is None else lambda: keys,
     )
+    served = Endpoint(claim.listener, routes, tls=tls)
     served.start()
     try:
         yield claim.port

@@ -477,7 +477,7 @@ def test_a_ledger_of_a_former_name_is_continued_by_the_first_that_takes_it(
         name: {labels: list(first.cells[at : at + 3 + family.width]) for labels, at in family.series.items()}
         for name, family in first.families.items()
     }
-    settled_at = first.settled_at
+    scraped_at = first.scraped_at
     first.close()
     assert caplog.records == []
     second = Ledger(path, "site-2", former=["other", "site"])
@@ -489,7 +489,7 @@ def test_a_ledger_of_a_former_name_is_continued_by_the_first_that_takes_it(
     for name in kept:
         expected = {tuple(labels): cells[3:] for labels, cells in held["families"][name]["series"]}
         assert {labels: cells[3:] for labels, cells in found[name].items()} == expected
-    assert settled_at == held["settled_at"]
+    assert scraped_at == held["settled_at"]
     assert families == {}
     assert "it belongs to another site" in caplog.text
 
