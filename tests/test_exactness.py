@@ -15,8 +15,9 @@ import pytest
 
 from django_promports.folders import make_folder
 from django_promports.ledger import Ledger
+from tests.counted import COUNTED, check, watched
 from tests.servers import ROOT, Site, database, gunicorn, manage, scrape, send_requests
-from tests.traffic import Traffic, check, watched
+from tests.traffic import Traffic
 
 WORKERS = 4
 
@@ -65,7 +66,7 @@ def test_prometheus_counts_every_answered_request_once(
     with watched(program, free_ports, tmp_path, width) as (server, site_ports):
         with gunicorn(tmp_path, site_ports, *options) as site:
             site.wait_for_workers(WORKERS)
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             disturb(site, 12)
             traffic.stop()
 
@@ -82,7 +83,7 @@ def test_prometheus_counts_every_answered_request_once_over_a_restart(
     with watched(program, free_ports, tmp_path, 12) as (server, site_ports):
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers(WORKERS)
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             time.sleep(5)
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers(WORKERS)

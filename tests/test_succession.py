@@ -21,6 +21,7 @@ import pytest
 
 from django_promports.reading import read_status
 from tests.commands import run_python
+from tests.counted import COUNTED, check, watched
 from tests.servers import (
     ROOT,
     Site,
@@ -33,7 +34,7 @@ from tests.servers import (
     send_requests,
     wait_until,
 )
-from tests.traffic import Traffic, check, watched
+from tests.traffic import Traffic
 
 pytestmark = pytest.mark.succession
 WIDTH = 12
@@ -49,7 +50,14 @@ def slow(request, seconds):
     time.sleep(seconds)
     return HttpResponse("at last")
 
+def fork(request, seconds):
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    return HttpResponse(str(os.getpid()))
+
 urls.urlpatterns.append(path("slow/<int:seconds>/", slow, name="slow"))
+urls.urlpatterns.append(path("fork/<int:seconds>/", fork, name="fork"))
 atexit.register(time.sleep, float(os.environ.get("TEARDOWN_SECONDS", 0)))
 """
 
@@ -75,7 +83,7 @@ def site_under_traffic(
         gunicorn(tmp_path, site_ports, *options, "slowsite", workers=workers, **env) as site,
     ):
         site.child.wait_until(site.is_listening, "the site listens")
-        traffic = Traffic(site.address)
+        traffic = Traffic(site.address, COUNTED)
         try:
             yield site, traffic
             time.sleep(2)
@@ -135,7 +143,7 @@ def test_recycling_reloads_and_kills_together_strand_nothing(
 def test_a_request_that_outlives_a_reload_is_counted(
     program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:
-    options = ["--preload", "--graceful-timeout", "60", "--timeout", "90", "-k", "gthread", "--threads", "4"]
+    options = ["--preload", "--graceful-timeout", "60", "--timeout", "90"]
     counted = 'django_http_requests_total_by_view_transport_method_total{view="slow"}'
     with watched(program, free_ports, tmp_path, WIDTH) as (server, site_ports):
         (tmp_path / "slowsite.py").write_text(SITE)
@@ -190,7 +198,7 @@ def test_half_of_the_workers_after_a_restart_strand_nothing(
     with watched(program, free_ports, tmp_path, WIDTH) as (server, site_ports):
         with gunicorn(tmp_path, site_ports) as site:
             site.wait_for_workers()
-            traffic = Traffic(site.address)
+            traffic = Traffic(site.address, COUNTED)
             time.sleep(random.Random(4).uniform(2, 4))
         with gunicorn(tmp_path, site_ports, workers=2) as site:
             site.wait_for_workers(2)
@@ -199,27 +207,36 @@ def test_half_of_the_workers_after_a_restart_strand_nothing(
             check(server, site, traffic, 2)
 
 
-@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("end", ["killed", "killed-after-fork", "stopped"])
 def test_an_heir_that_ends_or_hangs_strands_nothing(
     end: str, program: Callable[[str], str], free_ports: range, tmp_path: Path
 ) -> None:
-    with site_under_traffic(program, free_ports, tmp_path, left=3 if end == "killed" else 2) as (site, _):
+    with site_under_traffic(program, free_ports, tmp_path, left=2) as (site, _):
         site.wait_for_workers()
         stop_workers(site, 2, 2, random.Random(5))
         heirs = site.child.wait_until(
             lambda: heirs if len(heirs := site.heirs()) == 2 else {}, "two ports have an heir"
         )
-        heir = next(iter(heirs.values()))
-        if end == "killed":
-            os.kill(site.child.pid, signal.SIGTTIN)  # it takes over one of the ports
-            os.kill(heir, signal.SIGKILL)
-        else:
+        port, heir = next(iter(heirs.items()))
+        if end == "stopped":
             os.kill(heir, signal.SIGSTOP)
             os.kill(site.child.pid, signal.SIGTTIN)
             time.sleep(random.Random(5).uniform(1, 3))
             os.kill(heir, signal.SIGCONT)
-            site.child.wait_until(lambda: len(site.live()) == 3, "the new worker has a port")
-            os.kill(site.child.pid, signal.SIGTTOU)
+            site.wait_for_workers(3)
+            stop_workers(site, 1, 2, random.Random(5))
+            return
+        if end == "killed-after-fork":
+            forked: set[int] = set()
+
+            def has_forked() -> bool:
+                forked.add(int(get(f"http://{site.address}/fork/60/")))
+                return heir in forked
+
+            site.child.wait_until(has_forked, "the heir has forked a child that outlives it")
+        os.kill(heir, signal.SIGKILL)
+        # Either the successor has the port or another heir: a child of the killed one does not keep it.
+        site.child.wait_until(lambda: site.abouts().get(port, {}).get("pid") not in (None, heir), "the port is served")
 
 
 def test_a_second_prometheus_with_a_longer_interval_misses_nothing(
@@ -234,7 +251,7 @@ def test_a_second_prometheus_with_a_longer_interval_misses_nothing(
     ):
         export_targets(slow_folder / "targets/django.json", site_ports[:-1])
         site.wait_for_workers()
-        traffic = Traffic(site.address)
+        traffic = Traffic(site.address, COUNTED)
         time.sleep(random.Random(6).uniform(5, 9))
         stop_workers(site, 3, 1, random.Random(6))
         traffic.stop()
