@@ -79,14 +79,13 @@ def watch(loop: Loop, *, port: int, claimed_at: float) -> Steps[None]:
 
 
 def _look_at_others(loop: Loop, own: int, claimed_at: float) -> Steps[list[Seen]]:
-    """Ask the other ports, one after the other; return nothing if an older worker of this place is among them."""
+    """Ask the other ports, nearest first; return nothing if an older worker of this place is among them."""
     site, address, place, found = conf.site, conf.local_address, conf.place, []
-    for port in conf.PROMPORTS_PORT_RANGE:
-        if port == own:
-            continue
+    others = [port for port in conf.PROMPORTS_PORT_RANGE if port != own]
+    for port in sorted(others, key=lambda port: abs(port - own)):
         (seen,) = yield from probe.look(loop, site, address, [port])
         is_sibling = seen.state == State.LIVE and seen.place == place
         if is_sibling and (seen.uptime or 0.0) > time.monotonic() - claimed_at:
             return []
         found.append(seen)
-    return found
+    return sorted(found, key=lambda seen: seen.port)

@@ -509,6 +509,24 @@ def test_a_new_secret_key_continues_the_counts_of_its_fallbacks(free_ports: rang
     assert len(list(shop.runtime.iterdir())) == 1
 
 
+def test_a_folder_of_version_0_1_is_kept_where_it_is_unless_the_site_has_another(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(runtime))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old, new = (f"django_promports-{os.geteuid()}-{name}" for name in ("shop", "shop-1"))
+
+    found = [folders.find_default("shop-1", "shop")]
+    (tmp_path / old).mkdir(mode=0o700)
+    found.append(folders.find_default("shop-1", "shop"))
+    (tmp_path / old).rename(tmp_path / new)
+    found.append(folders.find_default("shop-1", "shop"))
+    (runtime / new).mkdir(mode=0o700)
+    found.append(folders.find_default("shop-1", "shop"))
+
+    assert found == [runtime / new, tmp_path / new, tmp_path / new, runtime / new]
+
+
 def test_a_folder_of_version_0_1_that_others_may_write_to_is_left_alone(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
