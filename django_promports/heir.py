@@ -88,6 +88,7 @@ class Heir:
         self._scrapes, self._make_routes = scrapes, make_routes
         self._sites = {hash_site(site) for site in (terms.site, *terms.former_sites)}
         self._adopted: dict[int, Adopted] = {}
+        self._is_closed = False
         # Ports that were adopted in vain: which opening, and whether another attempt is useless until the next one.
         self._in_vain: dict[int, tuple[float, bool]] = {}
 
@@ -113,6 +114,7 @@ class Heir:
 
     def close_ledgers(self) -> None:
         """Close the adopted ledgers, before the endpoint frees their ports; also in a forked child."""
+        self._is_closed = True
         for adopted in self._adopted.values():
             adopted.close()
         self._adopted.clear()
@@ -122,7 +124,7 @@ class Heir:
 
     def _find_orphan(self, port: int) -> Status | None:
         """Return the status of the ledger of a port that is owed and whose holder has ended."""
-        if port in self._adopted:
+        if port in self._adopted or self._is_closed:
             return None
         status = read_status(self._find_path(port))
         if status is None or status.site not in self._sites or not status.is_owed or status.is_held:
@@ -178,6 +180,8 @@ class Heir:
 
     def _is_over(self, adopted: Adopted) -> bool:
         if adopted.scraped_at is not None:
+            if adopted.hand_over is None:  # a process that needs the port cannot ask for it
+                return True
             chance = min(max(CHANCE_SECONDS, 2 * self._scrapes.longest_interval), MAX_SECONDS)
             return monotonic() - adopted.scraped_at > chance
         return monotonic() - adopted.adopted_at > (MAX_SECONDS if self._scrapes.count else UNSCRAPED_SECONDS)

@@ -17,7 +17,7 @@ from tests.commands import run_python
 from tests.minimal import django_admin, write_site
 from tests.servers import ROOT, database, gunicorn, manage, request, runserver, scrape, send_requests
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.once
 
 MACOS = """
 # The standard library asks for the platform when these are imported, and would look for what only macOS has.
