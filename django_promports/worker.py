@@ -9,6 +9,7 @@ The package's only mutable state is here. Each hook runs in a certain kind of pr
 - _await_child(): a process that has a port and is not known to be a worker: it may be a supervisor that spawns them.
 - _before_fork(), _after_fork_in_parent(): a process that forks and is armed, which means that it has tried to claim.
 - _after_fork_in_child(): the child of such a process.
+- _before_patch(), _after_patch(): every process that loads the site, when gevent patches it.
 - _at_exit(): every process that exits normally, before Python tears the interpreter down.
 """
 
@@ -34,7 +35,7 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 
-from django_promports import ports, presence
+from django_promports import greenlets, ports, presence
 from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
@@ -66,6 +67,7 @@ def on_ready() -> None:
     request_started.connect(_on_request, dispatch_uid="django_promports")
     for handler in HANDLERS:
         _watch(handler)
+    greenlets.watch_patching(_before_patch, _after_patch)
 
 
 def _watch(handler: Any) -> None:
@@ -268,13 +270,14 @@ _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
 _was_retrying = False
+_was_serving = False
 # Under uWSGI: the read end of a pipe that holds one byte. The child that reads the byte keeps the carried counts, which
 # are those made before the fork.
 _uwsgi_carried: int | None = None
 
 
 def _begin_process() -> Holder:
-    """Give this forked child a Holder of its own, and return the one that it inherited."""
+    """Give this forked or patched process a Holder with locks of its own, and return the former one."""
     global _process
     parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
@@ -341,7 +344,7 @@ def _after_fork_in_child() -> None:
     except Exception:
         logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
     if not parent.is_worker:
-        _prepare_gevent()
+        greenlets.begin_in_child()
         # gunicorn changes the user in the child after the fork. So a child that is root claims later: at its first
         # request, or from the retry thread.
         _claim(at_once=os.geteuid() != 0)
@@ -409,9 +412,23 @@ def _begin_after_unseen_fork() -> None:
         logger.exception("A forked child (pid %s) may export counts of its parent a second time.", os.getpid())
 
 
-def _prepare_gevent() -> None:
-    # gevent sets up a child's hub after these hooks have run, and until then none of its threads can start. Calling
-    # reinit() twice is allowed: https://www.gevent.org/api/gevent.html#gevent.reinit
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("threading"):
-        sys.modules["gevent"].reinit()
+def _before_patch() -> None:
+    """Free the port and end the threads of this process while threads and locks still are what they were."""
+    global _was_retrying, _was_serving
+    process = _process
+    try:
+        _was_retrying, _was_serving = process.stop_retry(), process.endpoint is not None
+        if _was_serving:
+            process.release(undo=not process.is_worker and os.geteuid() == 0)  # as before a fork
+    except Exception:
+        logger.exception("Could not free the metrics port before gevent patches pid %s.", os.getpid())
+
+
+def _after_patch() -> None:
+    """Claim again, usually the same port, with the threads and locks that there are now."""
+    former = _begin_process()
+    _process.is_worker, _process.is_waiting = former.is_worker, former.is_waiting
+    if _was_serving:
+        _claim()
+    elif _was_retrying:
+        _process.start_retry()
