@@ -163,6 +163,11 @@ def _on_request(sender: Any = None, **kwargs: Any) -> None:
     if not (isinstance(sender, type) and issubclass(sender, HANDLERS)) or _is_test_run():
         return
     request_started.disconnect(dispatch_uid="django_promports")
+    if _process.port is None:  # forked by multiprocessing, for example
+        try:
+            presence.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
+        except Exception:
+            logger.exception("Could not ask the parent of pid %s to free its port.", os.getpid())
     _become_worker()
 
 
@@ -269,6 +274,7 @@ _process = Holder(_binding, _read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
+_keeps_port = False  # in a fork: the process that forks keeps its port, and its child claims none
 _was_retrying = False
 _was_serving = False
 # Under uWSGI: the read end of a pipe that holds one byte. The child that reads the byte keeps the carried counts, which
@@ -294,23 +300,39 @@ def _arm() -> None:
 
 
 def _before_fork() -> None:
-    global _forking_thread, _was_retrying
+    global _forking_thread, _keeps_port, _was_retrying
     process = _process
-    if process.is_worker:
-        _was_retrying = process.stop_retry()
+    keeps_port = process.is_worker or _is_multiprocessing()
+    was_retrying = False
+    if keeps_port:
+        was_retrying = process.stop_retry()
     else:
         # A master: its first child may claim the port. A master that is root leaves no ledger, because its workers may
         # run as another user.
         process.release(undo=os.geteuid() == 0)
-        _was_retrying = False
     process.lock.acquire()
-    _forking_thread = threading.get_ident()
+    _forking_thread, _keeps_port, _was_retrying = threading.get_ident(), keeps_port, was_retrying
     if process.endpoint is not None:
         # A child inherits each lock as it is, but not the thread that holds it. Since 3.12, Python warns about forks
         # in a process with threads.
         process.endpoint.pause()
-    if not process.is_worker:
+    if not keeps_port:
         _binding.carry_counts()
+
+
+def _is_multiprocessing() -> bool:
+    """Whether multiprocessing forks (a Pool, a ProcessPoolExecutor), or a copy of it, like billiard.
+
+    Servers fork their workers with os.fork(), so the child is a helper, even if this process has served no request yet.
+    If it serves requests after all, it claims at its first one, and a parent that has served none frees its port.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module not in (__name__, "gevent.os"):  # the caller of os.fork()
+            return module.endswith(".popen_fork")
+        frame = frame.f_back
+    return False
 
 
 def _after_fork_in_parent() -> None:
@@ -335,15 +357,16 @@ def _after_fork_in_child() -> None:
     if _forking_thread is None:  # another thread armed this process during the fork: _before_fork() did not run
         return
     _forking_thread = None
+    _process.is_worker = _keeps_port
     try:
-        _binding.begin_in_child(keep=not parent.is_worker)
+        _binding.begin_in_child(keep=not _keeps_port)
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:
             parent.waiting_sign.close()
     except Exception:
         logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
-    if not parent.is_worker:
+    if not _keeps_port:
         greenlets.begin_in_child()
         # gunicorn changes the user in the child after the fork. So a child that is root claims later: at its first
         # request, or from the retry thread.

@@ -69,7 +69,7 @@ def serve(
 
 
 def ask(site: Site, count: int) -> int:
-    """Send requests; return how many were answered."""
+    """Send requests; return how many were answered with 200."""
     return send_requests(count, lambda _: site.request(), threads=4).count(200)
 
 
