@@ -454,4 +454,7 @@ def _after_patch() -> None:
     if _was_serving:
         _claim()
     elif _was_retrying:
-        _process.start_retry()
+        try:
+            _process.start_retry()
+        except Exception:
+            logger.exception("This process (pid %s) does not wait for a port any more.", os.getpid())

@@ -7,15 +7,19 @@ import os
 import re
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.commands import run_python
 from tests.minimal import serve_site, write_site
-from tests.servers import Site, accepts, running, scrape, send_requests
+from tests.servers import ROOT, Site, accepts, parse, running, scrape, send_requests
 
 # Where a site may patch, or have its server patch, after our app has claimed a port.
 LATE_WSGI = """
@@ -43,10 +47,11 @@ def spawn(free_ports: range, tmp_path: Path) -> Iterator[Callable[..., Site]]:
     """Start a process of the demo site that runs this code; it ends when the test has made the file `end`."""
     with contextlib.ExitStack() as stack:
 
-        def start(code: str, modules: str, range_: str = "") -> Site:
+        def start(code: str, modules: str, range_: str = "", settings: str = "demo_site.settings") -> Site:
             env = {
                 "DEMO_PORT_RANGE": range_ or f"{free_ports[0]}-{free_ports[5]}",
-                "DJANGO_SETTINGS_MODULE": "demo_site.settings",
+                "DJANGO_SETTINGS_MODULE": settings,
+                "PYTHONPATH": f"{tmp_path}:{ROOT}",
             }
             words = [sys.executable, "-c", code, modules, str(tmp_path / "end")]
             child = stack.enter_context(running(*words, log=tmp_path / "process.log", **env))
@@ -56,7 +61,7 @@ def spawn(free_ports: range, tmp_path: Path) -> Iterator[Callable[..., Site]]:
 
 
 def serve(
-    tmp_path: Path, ports: range, *options: str, where: str = "worker"
+    tmp_path: Path, ports: range, *options: str, where: str = "worker", wrapper: Sequence[str] = ()
 ) -> contextlib.AbstractContextManager[Site]:
     env = write_site(tmp_path, counted=True)
     if where.startswith("wsgi"):
@@ -65,7 +70,7 @@ def serve(
         (tmp_path / "late.conf.py").write_text(POST_FORK)
         options = ("-c", str(tmp_path / "late.conf.py"), *options)
     env["MINIMAL_LEDGER_DIR"] = str(tmp_path / "ledgers")
-    return serve_site(tmp_path, ports, "-k", "gevent", *options, **env)
+    return serve_site(tmp_path, ports, "-k", "gevent", *options, wrapper=wrapper, **env)
 
 
 def ask(site: Site, count: int) -> int:
@@ -84,20 +89,38 @@ def count(site: Site) -> float:
         return -1
 
 
+# A forked child that is root claims later, because it may change its user: other users claim before gevent patches.
+# This interpreter may be in a folder that only root can read.
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+MAY_READ = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the user; other users run the other tests")
+@pytest.mark.parametrize("where", PLACES)
+def test_workers_that_claim_at_the_fork_are_scraped_and_exact(where: str, free_ports: range) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's folders belong to root
+        tmp_path = Path(folder)
+        tmp_path.chmod(0o777)
+        with serve(tmp_path, free_ports, *PLACES[where], where=where, wrapper=[*NOBODY, *MAY_READ]) as site:
+            check_exactness(site)
+
+
 @pytest.mark.parametrize("where", PLACES)
 def test_workers_that_gevent_patches_after_they_claimed_are_scraped_and_exact(
     where: str, free_ports: range, tmp_path: Path
 ) -> None:
     with serve(tmp_path, free_ports, *PLACES[where], where=where) as site:
-        live = site.wait_for_workers(2)
+        check_exactness(site)
 
-        answered = ask(site, 100)
 
-        assert answered == 100, site.child.output()
-        assert sorted(live) == list(free_ports[:2])
-        assert set(live.values()) == set(site.child.children())
-        wait_until_exact(site, answered)
-        assert "ERROR" not in site.child.output()
+def check_exactness(site: Site) -> None:
+    live = site.wait_for_workers(2)
+    answered = ask(site, 100)
+    assert answered == 100, site.child.output()
+    assert set(live.values()) == set(site.child.children())
+    wait_until_exact(site, answered)
+    assert sorted(site.live()) == list(site.ports[:2])
+    assert "ERROR" not in site.child.output()
 
 
 def test_every_request_that_late_patched_workers_answer_is_counted_through_reloads_and_kills(
@@ -188,6 +211,26 @@ def test_a_process_is_scraped_whatever_gevent_patches_in_it(
     assert len(os.listdir(f"/proc/{site.child.pid}/fd")) <= fds + 2
     (tmp_path / "end").touch()
     assert wait_for_turns(site) > 3
+
+
+def test_an_endpoint_with_tls_is_scraped_after_gevent_has_patched_ssl(
+    free_ports: range, tmp_path: Path, spawn: Callable[..., Site]
+) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "pair.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    (tmp_path / "tls_site.py").write_text(
+        f"from demo_site.settings import *\nPROMPORTS_TLS_CERTFILE = {str(tmp_path / 'pair.pem')!r}\n"
+    )
+    site = spawn(PROCESS + CLAIM + "patch()\n" + SERVE, "all", settings="tls_site")
+    site.child.wait_until(lambda: "READY" in site.child.output(), "it is patched")
+
+    with urllib.request.urlopen(f"https://127.0.0.1:{free_ports[0]}/metrics", timeout=10, context=context) as response:
+        assert parse(response.read().decode())["pieces_total"] == 2
+
+    (tmp_path / "end").touch()
+    wait_for_turns(site)
 
 
 def test_a_process_that_waits_for_a_port_claims_it_after_gevent_has_patched(
