@@ -61,7 +61,7 @@ def spawn(free_ports: range, tmp_path: Path) -> Iterator[Callable[..., Site]]:
 
 
 def serve(
-    tmp_path: Path, ports: range, *options: str, where: str = "worker", wrapper: Sequence[str] = ()
+    tmp_path: Path, ports: range, *options: str, where: str = "worker", range_: str = "", wrapper: Sequence[str] = ()
 ) -> contextlib.AbstractContextManager[Site]:
     env = write_site(tmp_path, counted=True)
     if where.startswith("wsgi"):
@@ -70,7 +70,7 @@ def serve(
         (tmp_path / "late.conf.py").write_text(POST_FORK)
         options = ("-c", str(tmp_path / "late.conf.py"), *options)
     env["MINIMAL_LEDGER_DIR"] = str(tmp_path / "ledgers")
-    return serve_site(tmp_path, ports, "-k", "gevent", *options, wrapper=wrapper, **env)
+    return serve_site(tmp_path, ports, "-k", "gevent", *options, wrapper=wrapper, range_=range_, **env)
 
 
 def ask(site: Site, count: int) -> int:
@@ -126,7 +126,8 @@ def check_exactness(site: Site) -> None:
 def test_every_request_that_late_patched_workers_answer_is_counted_through_reloads_and_kills(
     free_ports: range, tmp_path: Path
 ) -> None:
-    with serve(tmp_path, free_ports, "--preload") as site:
+    width = f"{free_ports[0]}-{free_ports[1]}"  # the new workers of the reload wait for the ports of the old ones
+    with serve(tmp_path, free_ports, "--preload", range_=width) as site:
         live = site.wait_for_workers(2)
         answered = ask(site, 60)
         os.kill(site.child.pid, signal.SIGHUP)
