@@ -323,8 +323,9 @@ def _before_fork() -> None:
 def _is_multiprocessing() -> bool:
     """Whether multiprocessing forks (a Pool, a ProcessPoolExecutor), or a copy of it, like billiard.
 
-    Servers fork their workers with os.fork(), so the child is a helper, even if this process has served no request yet.
-    If it serves requests after all, it claims at its first one, and a parent that has served none frees its port.
+    A server that forks after it has loaded the site calls os.fork() itself. So the child is a helper, even if this
+    process has served no request yet. If it serves requests after all, it claims at its first one, and a parent that
+    has served none frees its port.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
