@@ -380,7 +380,7 @@ def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
     Such a process is a supervisor, which loads the site and serves no requests. One that forks its workers is
     recognised by the fork; this is for those that spawn them, like hypercorn with --reload.
     """
-    while not process.is_worker:
+    while True:  # a worker, too, answers by closing the connection, so that no child waits
         yield listener, READ
         with suppress(OSError):
             peer, _ = listener.accept()
@@ -395,6 +395,8 @@ def _step_down(process: Holder, peer: socket.socket) -> None:
         process.release()
     finally:
         peer.close()  # the child waits for this
+    if process.is_worker:  # its own first request came meanwhile
+        _claim()
 
 
 def _await_uwsgi_fork(uwsgi: Any) -> None:
