@@ -286,6 +286,51 @@ print("PORTS", *listening_ports(os.getpid()))
     assert done.stdout.split() == ["PORTS", str(free_ports[0])], done.stdout + done.stderr
 
 
+def test_a_collector_that_shares_a_lock_with_greenlets_blocks_none_of_them(
+    free_ports: range, tmp_path: Path, spawn: Callable[..., Site]
+) -> None:
+    code = """
+patch()
+import gevent, threading, time
+from prometheus_client import REGISTRY
+lock = threading.Lock()
+
+class Sharing:
+    def describe(self):
+        return []
+    def collect(self):
+        with lock:
+            time.sleep(0.005)
+            assert threading.get_native_id() == threading.main_thread().native_id
+        return []
+
+def work():
+    for _ in range(100):
+        with lock:
+            time.sleep(0.001)
+
+REGISTRY.register(Sharing())
+print("READY", flush=True)
+greenlets = [gevent.spawn(work) for _ in range(8)]
+gevent.joinall(greenlets)
+print("JOINED", all(greenlet.successful() for greenlet in greenlets), flush=True)
+"""
+    site = spawn(PROCESS + CLAIM + code + SERVE, "all")
+    site.child.wait_until(lambda: "READY" in site.child.output(), "it is patched")
+    failures = 0.0
+
+    def is_joined() -> bool:
+        nonlocal failures
+        failures = scrape(free_ports[0])["promports_collector_failures_total"]
+        return "JOINED True" in site.child.output()
+
+    site.child.wait_until(is_joined, "all greenlets have done their work")
+
+    assert failures == 0
+    (tmp_path / "end").touch()
+    wait_for_turns(site)
+
+
 def test_a_late_patched_process_frees_its_port_at_its_end(free_ports: range) -> None:
     done = run_python(
         PROCESS + CLAIM + "patch()\nprint(django_promports.port())\n", "all", DEMO_PORT_RANGE=str(free_ports[0])

@@ -226,13 +226,16 @@ processes = [multiprocessing.get_context("fork").Process(target=serve, daemon=Tr
 for process in processes:
     process.start()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+if sys.argv[2] == "parent too":
+    serve()
 while True:
     signal.pause()
 """.replace("{HANDLER}", HANDLER)
 
 
-def test_forked_children_of_a_script_that_serve_have_the_lowest_ports_and_all_counts(
-    free_ports: range, tmp_path: Path
+@pytest.mark.parametrize("who", ["children", "parent too"])
+def test_processes_of_a_script_that_serve_have_the_lowest_ports_and_all_counts(
+    who: str, free_ports: range, tmp_path: Path
 ) -> None:
     *metric_ports, site_port = free_ports
     env = write_site(tmp_path, counted=True)
@@ -240,19 +243,20 @@ def test_forked_children_of_a_script_that_serve_have_the_lowest_ports_and_all_co
         "DEMO_PORT_RANGE": f"{metric_ports[0]}-{metric_ports[-1]}",
         "MINIMAL_LEDGER_DIR": str(tmp_path / "ledgers"),
     }
-    with running(sys.executable, "-c", SERVER, str(site_port), log=tmp_path / "server.log", **env) as child:
+    with running(sys.executable, "-c", SERVER, str(site_port), who, log=tmp_path / "server.log", **env) as child:
         site = Site(child, f"127.0.0.1:{site_port}", metric_ports)
         child.wait_until(site.is_listening, "it serves")
         answered = 0
 
-        def both_serve() -> bool:
+        def all_serve() -> bool:
             nonlocal answered
             answered += send_requests(4, lambda _: site.request(), threads=4).count(200)
-            return set(site.live().values()) == set(child.children())
+            servers = {*child.children(), child.pid} if who == "parent too" else {*child.children()}
+            return set(site.live().values()) == servers
 
-        child.wait_until(both_serve, "each child has served a request and has a port")
+        child.wait_until(all_serve, "each process has served a request and has a port")
 
-        assert sorted(site.live()) == metric_ports[:2]
+        live = site.live()
+        assert sorted(live) == metric_ports[: len(live)]
         assert site.total() == answered
         assert site.total("pieces_total") == 3
-        assert not listening_ports(child.pid) & set(metric_ports)
