@@ -1,7 +1,7 @@
-"""gevent: all that is known of it. It patches threads, locks, sockets and selectors, maybe after this app has started.
+"""gevent: what the package does because gevent patches threads, locks, sockets and selectors, maybe after it has started.
 
-A native thread that runs while threads are patched, or a native lock that is held while greenlets switch, blocks the
-process for good. So the threads of this package end before gevent patches anything, and new ones start afterwards, with
+A native lock that is held while greenlets switch blocks the process for good, and so may a native thread that uses
+patched locks. So the threads of this package end before gevent patches anything, and new ones start afterwards, with
 new locks.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 
 def are_threads_greenlets() -> bool:
+    """Return whether a new thread is a greenlet."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 

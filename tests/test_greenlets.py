@@ -156,7 +156,7 @@ def test_every_request_that_late_patched_workers_answer_is_counted_as_they_are_r
         assert answered > 100
 
 
-# A process that starts waiting before it is patched, and the time it takes to be scraped from outside.
+# A process of the demo site. Where patch() is called, gevent patches the modules that the first argument names.
 PROCESS = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -172,7 +172,7 @@ def patch():
         getattr(monkey, f"patch_{name}")()
 """
 CLAIM = "django_promports.start()\npieces.inc()\n"
-# The hub runs while the test scrapes: what blocks it blocks the count of turns.
+# The main greenlet counts its turns while the test scrapes: a blocked hub gives it none.
 SERVE = """
 import os, threading
 import gevent
