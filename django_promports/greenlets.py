@@ -1,4 +1,4 @@
-"""gevent: what the package does because gevent patches threads, locks, sockets and selectors, maybe after it has started.
+"""gevent, which replaces threads, locks, sockets and selectors ("patches" them), maybe after this app has started.
 
 A native lock that is held while greenlets switch blocks the process for good, and so may a native thread that uses
 patched locks. So the threads of this package end before gevent patches anything, and new ones start afterwards, with
