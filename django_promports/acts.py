@@ -1,7 +1,7 @@
-"""Acts: changes that are made one after the other, whichever threads want them, and without a long wait.
+"""Acts: a queue of changes that any thread may request. They are made one at a time, and no thread waits long.
 
-Python runs finalizers and signal handlers in the middle of whatever a thread does, and they may want a change too. So a
-thread that is busy with one, or that does not get the lock soon, leaves its change to the thread that has the lock.
+Python runs finalizers and signal handlers in the middle of whatever a thread does, and they may request a change too.
+So a thread that is making one already, or does not get the lock soon, leaves it to the thread that has the lock.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Acts:
         self._is_acting = False
 
     def do(self, act: Callable[[], None], seconds: float = PATIENCE_SECONDS) -> None:
-        """Make a change after those that were asked for before.
+        """Make a change, after those that were requested before.
 
-        It is done on return, unless this thread is in the middle of another one, or another thread has the lock for
-        longer than these seconds. Then that one makes this change as well.
+        It is made on return, unless this thread is in the middle of another change, or another thread has the lock for
+        longer than `seconds`. Then that thread makes this change as well.
         """
         self._waiting.append(act)
         lock = self._lock  # if the act forks, the child has another one

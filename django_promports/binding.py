@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial, update_wrapper
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -24,10 +24,9 @@ from prometheus_client.registry import Collector
 from django_promports.acts import LONG_PATIENCE_SECONDS, Acts
 from django_promports.children import Children, Labels, NoLock
 from django_promports.kinds import KINDS, Kind, find_counted, find_kind
-from django_promports.layout import STATE
 from django_promports.ledger import Family, Ledger, LedgerFull
 from django_promports.unmade import Unmade, merge, read_shape, sample_names
-from django_promports.values import CellValue, are_known, give_cell
+from django_promports.values import CellValue, are_known, give_cell, watch_resets
 
 logger = logging.getLogger("django_promports")
 
@@ -66,13 +65,17 @@ class Binding:
         """Count in this ledger from now on. What this process has counted so far is added to it."""
 
         def begin() -> None:
-            self._unmade = {name: Unmade(family, family.series.copy()) for name, family in ledger.families.items()}
+            self.show(ledger.families)
             self.ledger, self._warned = ledger, set()
 
         self._install()
         self.acts.do(begin, LONG_PATIENCE_SECONDS)
         for collector in list(self.registry._collector_to_names):
             self._adopt(collector)
+
+    def show(self, families: Mapping[str, Family]) -> None:
+        """Expose the series of these families as unmade."""
+        self._unmade = {name: Unmade(family, family.series.copy()) for name, family in families.items()}
 
     def close(self, *, undo: bool = False) -> None:
         """Close the ledger, which keeps its counts. This process continues in memory, from zero.
@@ -91,12 +94,12 @@ class Binding:
 
         self.acts.do(end, LONG_PATIENCE_SECONDS)
 
-    def note_scrape(self, ledger: Ledger | None) -> None:
-        """Note that all of this ledger was scraped just now, if it is still the open one."""
+    def note_scrape(self, began: float) -> None:
+        """Note that a complete scrape showed the counts of this time (time.time())."""
 
         def note() -> None:
-            if ledger is not None and ledger is self.ledger:
-                ledger.note_scrape()
+            if self.ledger is not None:
+                self.ledger.note_scrape(began)
 
         self.acts.do(note)
 
@@ -143,9 +146,7 @@ class Binding:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the registry, and the unmade series of the ledger."""
-        ledger = self.ledger
         yield from merge(self.registry, self.list_unmade(), self.registry.collect, None)
-        self.note_scrape(ledger)
 
     def restricted_registry(self, names: Iterable[str]) -> Restricted:
         """Return a registry that collects the samples of these names only."""
@@ -176,7 +177,7 @@ class Binding:
         self.acts.do(forget)
 
     def forget_unmade(self, metric: Any, concerns: Callable[[Labels], bool]) -> None:
-        """Remove the unmade series of a metric from the ledger whose label values `concerns` is true for."""
+        """Remove from the ledger those unmade series of a metric for whose label values `concerns` is true."""
 
         def forget() -> None:
             unmade = self._unmade.get(metric._name)
@@ -223,18 +224,19 @@ class Binding:
         if values[0] in self._values:
             return
         family = self._find_family(ledger, kind, metric, help_)
-        unmade = self._unmade[family.name].series if family.name in self._unmade else {}
+        name = family.record.name
+        unmade = self._unmade[name].series if name in self._unmade else {}
         first = unmade.get(labelvalues)
         if first is None:
             if labelvalues in family.series:  # of a former child, whose removal is still to be made
                 self._forget(family, labelvalues)
             first = ledger.add_series(family, labelvalues, child._created)
         else:
-            child._created = ledger.cells[first]
+            (child._created,) = family.read_created([first])
         attached = [give_cell(value) for value in values]
         self._values.update(attached)
-        for index, value in enumerate(attached, first + STATE):
-            value.attach(ledger.cells, index)
+        for cell, value in enumerate(attached, first):
+            value.attach(ledger.cells, cell)
         kind.put_values(child, attached)
         if labelvalues in unmade:
             # Keep the metric's copy of the label values only, to save memory.
@@ -242,7 +244,7 @@ class Binding:
             family.series[labelvalues] = first
             del unmade[labelvalues]
             if not unmade:
-                del self._unmade[family.name]
+                del self._unmade[name]
 
     def _has(self, metric: Any, labelvalues: Labels, child: Any) -> bool:
         """Whether a child is still there, and its metric in the registry."""
@@ -250,11 +252,11 @@ class Binding:
         return is_there and metric in self.registry._collector_to_names
 
     def _detach(self, child: Any) -> int | None:
-        """Let a child continue in memory; return its first cell if it had any."""
+        """Let a child continue in memory; return the cell of its first value if it had any."""
         first = None
         for value in reversed(_get_values(child)):
             if value in self._values:
-                first = value._index - STATE
+                first = value._index
                 self._values.remove(value)
                 value.detach(keep=True)
         return first
@@ -263,7 +265,7 @@ class Binding:
         family = self._families.get(metric)
         if family is None:
             for other, known in list(self._families.items()):
-                if known.name == metric._name:  # it was unregistered, and its act comes later
+                if known.record.name == metric._name:  # it was unregistered, and its act comes later
                     self._abandon(other)
             type_, labelnames, bounds = read_shape(kind, metric)
             family = ledger.add_family(metric._name, type_, help_, metric._unit, labelnames, bounds)
@@ -311,17 +313,17 @@ class Binding:
         for child in _list_children(metric):
             self._detach(child)
         if family is not None:
-            self._unmade.pop(family.name, None)
+            self._unmade.pop(family.record.name, None)
             self._forget(family)
 
     def _install(self) -> None:
-        """Be told what is registered, unregistered and reset from now on."""
+        """Notice each registration, unregistration and reset from now on."""
         if self._installed:
             return
         self._installed = True
         for kind in KINDS.values():
             if kind.is_counted and hasattr(kind.cls, "reset"):
-                _watch_resets(kind)
+                watch_resets(kind)
         register, unregister = self.registry.register, self.registry.unregister
 
         def register_and_adopt(collector: Collector) -> None:
@@ -383,19 +385,3 @@ def _get_values(child: Any) -> list[Any]:
     kind = find_kind(child)
     values = kind.get_values(child) if kind is not None else []
     return values if are_known(values) else []
-
-
-def _watch_resets(kind: Kind) -> None:
-    """Make reset() write the new created time to the ledger too."""
-    reset = kind.cls.reset
-    if hasattr(reset, "notes_created"):
-        return
-
-    def reset_and_note(child: Any) -> None:
-        reset(child)
-        value = kind.get_values(child)[0]
-        if type(value) is CellValue:
-            value.set_created(child._created)
-
-    kind.cls.reset = update_wrapper(reset_and_note, reset)
-    kind.cls.reset.notes_created = True

@@ -1,4 +1,4 @@
-"""The children of a labelled metric, in a dict that tells when one is made or removed.
+"""The children of a labelled metric, in a dict that notifies a listener when one is made or removed.
 
 prometheus_client holds the metric's lock while it makes a child. A finalizer that runs meanwhile may want that lock
 too, or another metric's, whose holder may be in the same situation. Each step here is one operation of a dict, so that
@@ -13,7 +13,7 @@ Labels = tuple[str, ...]
 
 
 class Listener(Protocol):
-    """What hears of children."""
+    """Is notified of each child that is made or removed."""
 
     def adopt_child(self, metric: Any, labelvalues: Labels, child: Any) -> None: ...
 
@@ -21,9 +21,9 @@ class Listener(Protocol):
 
 
 class NoLock:
-    """In the place of a metric's lock. It locks nothing.
+    """Takes the place of a metric's lock, and locks nothing.
 
-    Every labels() comes through here, so both methods are one in C that takes any arguments and returns a false value.
+    Each labels() call enters it, so both methods are a C function that takes any arguments and returns a false value.
     """
 
     __enter__ = __exit__ = staticmethod("".format)

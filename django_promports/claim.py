@@ -10,50 +10,42 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from django_promports import ports, presence
 from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint
 from django_promports.folders import make_folder
+from django_promports.heir import Heir
 from django_promports.ledger import Ledger, LedgerFull, LedgerLocked
-from django_promports.reading import read_opening
+from django_promports.own import own_metrics
+from django_promports.processes import find_start
+from django_promports.reading import read_status
 from django_promports.secret import make_secret, remove_secret
+from django_promports.terms import Terms
 from django_promports.thread import PAUSE_SECONDS
 
 logger = logging.getLogger("django_promports")
 
-# Seconds between two attempts of the retry thread. gunicorn's HUP frees the old workers' ports within a second.
-RETRY_SECONDS = 0.5
-# In a reload the new workers start before the old ones stop. They wait for the ports that the site already uses instead
-# of claiming new ones: the instances stay the same, and the last counts of the old workers are scraped, not left behind
-# in ledgers of ports that no process holds. They wait PATIENCE_SECONDS, and as long again after each port that changed
-# hands (some servers replace one worker after the other), but at most MAX_PATIENCE_SECONDS in all. It is a reload, and
-# not a start, if another worker has held its port for more than SETTLED_SECONDS.
-PATIENCE_SECONDS = 5.0
-MAX_PATIENCE_SECONDS = 30.0
-SETTLED_SECONDS = 5.0
+# Seconds between two attempts of the retry thread: in a reload the old workers are about to free their ports.
+RETRY_SECONDS, RELOAD_RETRY_SECONDS = 0.5, 0.2
+# In a reload the new workers start before the old ones stop. So that the instances stay the same, a new worker waits
+# this long for a port that an older one holds. A worker that claimed less than this before the new one started is not
+# an older one: a server starts its workers one after the other.
+RELOAD_SECONDS = 2.0
+# Seconds for an heir to hand a port over. It takes a millisecond, unless a collector of the site delays it.
+HAND_OVER_SECONDS = 0.5
+
+
+# Why a process waits for a port: every one is taken, or those that older processes hold may come free.
+RANGE_FULL, RELOAD = "range_full", "reload"
 
 
 class Undecided(Exception):
-    """It is too early to claim: the old workers of a reload still hold their ports, or the user may yet change."""
-
-
-class Terms(NamedTuple):
-    """The settings of a claim.
-
-    folder: where the ledgers are; None: count in memory. no_folder: why there is none, unless the settings ask for
-    that. site: the site to which the ledgers belong.
-    """
-
-    address: str
-    ports: Sequence[int]
-    folder: Path | None
-    no_folder: str
-    site: str
+    """It is too early: the old workers of a reload hold their ports, or this process may yet change its user."""
 
 
 class Holder:
@@ -62,7 +54,8 @@ class Holder:
     binding: the metrics that count in the ledger. read_terms: returns the current settings. make_endpoint: returns the
     endpoint of a claimed port. port, endpoint: None without a port. claimed_at: when the port was claimed, in seconds
     of time.monotonic(). is_worker: whether the process is known to be a worker; until then it may be a master, whose
-    children are the workers. is_broken: whether it failed in a way that waiting does not fix.
+    children are the workers. is_broken: whether it failed in a way that waiting does not fix. heir: what it serves for
+    ended processes.
     """
 
     def __init__(
@@ -75,14 +68,16 @@ class Holder:
         self.lock = threading.RLock()
         self.port: int | None = None
         self.endpoint: Endpoint | None = None
+        self.heir: Heir | None = None
         self.is_worker = False
         self.is_broken = False
-        self.is_waiting = False
+        self.waiting_for = ""  # why it waits for a port
         self.waiting_sign: Any = None
         self._binding, self._read_terms, self._make_endpoint = binding, read_terms, make_endpoint
         self._retry: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._retrying_since = 0.0
+        self._started_at = find_start()
+        self._first_tried_at: float | None = None
         self._made_folder: Path | None = None
         self._made_secret: tuple[Path, bytes] | None = None
         self._has_warned_of_secret = False
@@ -92,15 +87,14 @@ class Holder:
     def claim(self, *, at_once: bool = True) -> None:
         """Claim a port, or start a thread that claims one as soon as it can. Raises OSError if waiting is useless."""
         with self.lock:
-            if self.endpoint is not None or self.is_waiting:
+            if self.endpoint is not None or self.waiting_for:
                 return
             try:
                 if not at_once:
                     raise Undecided
-                self._serve(waited=0.0)
+                self._serve()
             except (ports.RangeFull, Undecided) as reason:
-                if isinstance(reason, ports.RangeFull):
-                    self._log_range_full(reason)
+                self._wait(reason)
                 if self._retry is None:
                     self.start_retry()
 
@@ -117,6 +111,8 @@ class Holder:
             if self.endpoint is not None:
                 self.endpoint.pause(seconds)
                 try:
+                    if self.heir is not None:
+                        self.heir.close_ledgers()
                     self._binding.close(undo=undo)
                 finally:
                     self.endpoint.stop()
@@ -127,8 +123,8 @@ class Holder:
                 if undo and self._made_folder is not None:
                     with suppress(OSError):  # not empty: other processes have their ledgers there
                         self._made_folder.rmdir()
-            self.endpoint = self.port = None
-            self._retrying_since, self.is_waiting = 0.0, False
+            self.endpoint = self.heir = self.port = None
+            self._first_tried_at, self.waiting_for = None, ""
         finally:
             self.lock.release()
 
@@ -151,12 +147,11 @@ class Holder:
 
     def start_retry(self) -> None:
         """Start the retry thread, which claims a port as soon as it can."""
-        self._retrying_since = self._retrying_since or time.monotonic()
         self._retry = threading.Thread(target=self._wait_for_port, name="promports-retry", daemon=True)
         self._retry.start()
 
-    def _serve(self, *, waited: float) -> None:
-        claim, ledger = self._claim_with_ledger(self._read_terms(), waited)
+    def _serve(self) -> None:
+        claim, ledger = self._claim_with_ledger(self._read_terms())
         try:
             if ledger is not None:
                 self._binding.open(ledger)
@@ -169,8 +164,11 @@ class Holder:
         self.endpoint, self.port = endpoint, claim.port
         logger.info("Serving metrics. port=%s pid=%s", claim.port, os.getpid())
 
-    def _claim_with_ledger(self, terms: Terms, waited: float) -> tuple[ports.Claim, Ledger | None]:
-        """Claim the lowest free port whose ledger is free too; if no ledger is free, the lowest free port."""
+    def _claim_with_ledger(self, terms: Terms) -> tuple[ports.Claim, Ledger | None]:
+        """Claim the lowest port that is free or served by an heir, and its ledger.
+
+        A port whose ledger is locked is passed over. If there are only such ports, the lowest is claimed without it.
+        """
         folder = terms.folder
         self._held_back = ""
         if folder is None:
@@ -180,34 +178,58 @@ class Holder:
                 self._log_in_memory(terms.no_folder)
             return claim, None
         passed: list[ports.Claim] = []
+        silent: set[int] = set()
         try:
-            while True:
-                others = {claim.port for claim in passed}
-                claim = ports.claim(terms.address, [number for number in terms.ports if number not in others])
+            for claim, file in self._find_ports(terms, silent):
                 self.claimed_at = time.monotonic()
+                passed.append(claim)
                 try:
                     if make_folder(folder):
                         self._made_folder = folder
                     self._make_secret(folder)
-                    if _is_reload(folder, terms.ports, claim.port, waited):
-                        passed.append(claim)
+                    if file is None and self._must_wait(folder, terms.ports, claim.port):
                         raise Undecided
-                    return claim, Ledger(folder / f"{claim.port}.ledger", terms.site)
+                    ledger = Ledger(folder / f"{claim.port}.ledger", terms.site, file=file)
+                    return passed.pop(), ledger
                 except LedgerLocked:
-                    passed.append(claim)
+                    pass
                 except (OSError, LedgerFull) as error:
-                    reason = str(error)
-                    break
-        except ports.RangeFull:
+                    self._log_in_memory(str(error))
+                    return passed.pop(), None
             if not passed:
-                raise
+                raise ports.RangeFull(terms.address, terms.ports)
             # claimed_at is the time of a later attempt, which is as safe.
-            claim, reason = passed.pop(0), f"other processes have the ledgers of all free ports in {folder} open"
+            claim = passed.pop(0)
         finally:
             for other in passed:
                 other.listener.close()
-        self._log_in_memory(reason)
+        self._log_in_memory(f"other processes have the ledgers of all free ports in {folder} open")
         return claim, None
+
+    def _find_ports(self, terms: Terms, silent: set[int]) -> Iterator[tuple[ports.Claim, int | None]]:
+        """Yield each port that this process can have, lowest first, and its ledger if an heir has handed it over."""
+        for port in terms.ports:
+            if (listener := ports.listen(terms.address, port)) is not None:
+                yield ports.Claim(port, listener), None
+            elif (taken := presence.take_over(terms.key, port, HAND_OVER_SECONDS, silent)) is not None:
+                listener, file = taken
+                if listener.getsockname() == ports.resolve(terms.address, port)[1]:
+                    yield ports.Claim(port, listener), file
+                else:  # the settings have changed since the heir read them
+                    listener.close()
+                    os.close(file)
+
+    def _must_wait(self, folder: Path, port_range: Sequence[int], port: int) -> bool:
+        """Whether to wait for a lower port than this one, which holds no counts that a process has to take over."""
+        now = time.monotonic()
+        self._first_tried_at = now if self._first_tried_at is None else self._first_tried_at
+        offered = read_status(folder / f"{port}.ledger")
+        if now - self._first_tried_at > RELOAD_SECONDS or (offered is not None and offered.is_owed):
+            return False
+        lower = [read_status(folder / f"{number}.ledger") for number in port_range if number < port]
+        return any(
+            one is not None and one.opened_at < self._started_at - RELOAD_SECONDS and one.is_held for one in lower
+        )
 
     def _make_secret(self, folder: Path) -> None:
         """Create the site secret in a folder that belongs to this user, unless it exists."""
@@ -231,35 +253,44 @@ class Holder:
         else:
             logger.error(message)
 
-    def _log_range_full(self, full: ports.RangeFull) -> None:
-        logger.error(
-            "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
-            "Widen PROMPORTS_PORT_RANGE beyond the number of workers. If a worker forks helpers with os.fork() before "
-            "its first request, they take its port: call django_promports.start() before that fork.",
-            full,
-            os.getpid(),
-        )
-        self.is_waiting = True
+    def _wait(self, reason: Exception) -> None:
+        """Log and count why this process waits for a port, unless it waits already."""
+        if isinstance(reason, ports.RangeFull) and self.waiting_for != RANGE_FULL:
+            self.waiting_for = RANGE_FULL
+            logger.error(
+                "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
+                "Widen PROMPORTS_PORT_RANGE beyond the number of workers. If a worker forks helpers with os.fork() "
+                "before its first request, they take its port: call django_promports.start() before that fork.",
+                reason,
+                os.getpid(),
+            )
+        elif not self.waiting_for and self._first_tried_at is not None:
+            self.waiting_for = RELOAD
+            logger.info(
+                "This process (pid %s) waits up to %g s for a port that an older process of the site may free.",
+                os.getpid(),
+                RELOAD_SECONDS,
+            )
+        else:
+            return
+        own_metrics().waits.labels(self.waiting_for).inc()
 
     def _wait_for_port(self) -> None:
         try:
             while True:
-                if self.is_waiting and self.waiting_sign is None:
+                if self.waiting_for and self.waiting_sign is None:
                     self.waiting_sign = presence.announce_waiting(self._read_terms().ports)
-                if self._stopping.wait(RETRY_SECONDS):
+                if self._stopping.wait(RELOAD_RETRY_SECONDS if self.waiting_for == RELOAD else RETRY_SECONDS):
                     return
                 with self.lock:
                     if self._stopping.is_set() or self.endpoint is not None:
                         return
                     try:
-                        self._serve(waited=time.monotonic() - self._retrying_since)
-                    except Undecided:
+                        self._serve()
+                    except (ports.RangeFull, Undecided) as reason:
+                        self._wait(reason)
                         continue
-                    except ports.RangeFull as full:
-                        if not self.is_waiting:
-                            self._log_range_full(full)
-                        continue
-                    self.is_waiting = False
+                    self.waiting_for = ""
                     return
         except Exception:
             self.is_broken = True
@@ -268,14 +299,3 @@ class Holder:
             if self.waiting_sign is not None:
                 self.waiting_sign.close()
                 self.waiting_sign = None
-
-
-def _is_reload(folder: Path, port_range: Sequence[int], port: int, waited: float) -> bool:
-    """Whether this is a reload: the port is new to the site, and another one will soon come free."""
-    if read_opening(folder / f"{port}.ledger") is not None:
-        return False
-    openings = [read_opening(folder / f"{lower}.ledger") for lower in port_range if lower < port]
-    ages = [time.time() - opening for opening in openings if opening is not None]
-    if waited < PATIENCE_SECONDS:
-        return any(age > SETTLED_SECONDS for age in ages)
-    return waited < MAX_PATIENCE_SECONDS and any(age < PATIENCE_SECONDS for age in ages)

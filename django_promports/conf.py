@@ -1,6 +1,7 @@
 """The settings: one typed property each, read at use, so that override_settings() works.
 
-A property raises ImproperlyConfigured for a value that cannot be used; checks.py turns it into a system check error.
+What follows from the settings is here too: the name of the site, its keys, the address of its endpoints. A property
+raises ImproperlyConfigured for a value that cannot be used; checks.py turns it into a system check error.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Conf:
 
     @property
     def PROMPORTS_LEDGER_DIR(self) -> Path | None:
-        """None: count in memory. If the setting is not None, no_ledger_dir has the reason."""
+        """None: count in memory. Unless the setting asks for that, no_ledger_dir has the reason."""
         if not unix.SUPPORTED:
             return None
         return self._read("PROMPORTS_LEDGER_DIR", _parse_folder, self._default_ledger_dir)

@@ -25,14 +25,14 @@ def make_folder(path: Path) -> bool:
 
 
 def check_folder(path: Path) -> None:
-    """Raise PermissionError if nobody's ledgers must be in this folder, ForeignFolder if this user's must not."""
+    """Raise PermissionError if this folder is not safe for ledgers, ForeignFolder if it is another user's."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(f"{path} is no folder, or a link to one")
+        raise PermissionError(f"{path} is a symbolic link, or not a folder")
     if status.st_mode & 0o022:
         raise PermissionError(f"others may write to {path}")
     if status.st_uid != os.geteuid():
-        raise ForeignFolder(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, who runs this process")
+        raise ForeignFolder(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}, the user of this process")
 
 
 def find_filesystem(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import re
 import socket
+from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -22,10 +23,13 @@ NO_REQUEST = re.compile(rb"[^A-Za-z\r\n]")
 
 
 class Response(NamedTuple):
+    """A response. delivered: called with the peer's address once the peer has received the whole body."""
+
     status: int
     content_type: str
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
+    delivered: Callable[[str], object] | None = None
 
     def encode(self, *, with_body: bool) -> bytes:
         lines = [

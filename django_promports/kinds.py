@@ -1,4 +1,4 @@
-"""What is known of each metric type, once: its values, its shape, its samples and its lines.
+"""All that is known of each metric type: its values, its shape, its samples and its lines.
 
 A type that can be kept and rendered has one entry in KINDS. This module does not import prometheus_client: the ledger
 needs the shapes, and programs that only read ledgers do not need the classes. A class is looked up on first use.
@@ -87,7 +87,7 @@ class Kind:
         return [(suffix, {}, value) for suffix, value in zip(self.attributes.values(), row, strict=True)]
 
     def fill(self, templates: list[bytes], numbers: list[Any], slots: int, texts: Texts) -> list[bytes]:
-        """Return the children's lines: their templates, each of which has so many slots, with their numbers."""
+        """Return the children's lines: their templates, with `slots` slots each, filled with their numbers."""
         format_ = texts.format
         if len(self.attributes) == 1:
             return [template % format_(number) for template, number in zip(templates, numbers, strict=True)]
@@ -128,7 +128,7 @@ class _Bucketed(Kind):
         counts = list(accumulate(counts))
         numbers: list[Number] = [("_bucket", {"le": le}, count) for le, count in zip(bounds, counts, strict=True)]
         numbers.append(("_count", {}, counts[-1]))
-        if float(bounds[0]) >= 0:  # prometheus_client shows no sum of what may be negative
+        if float(bounds[0]) >= 0:  # prometheus_client exposes no sum if observations may be negative
             numbers.append(("_sum", {}, total))
         return numbers
 

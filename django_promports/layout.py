@@ -1,4 +1,4 @@
-"""The layout of a ledger file, version 3: where everything stands, and how index records are written and found.
+"""The layout of a ledger file, version 3: offsets, sizes, and how index records are encoded and found.
 
 docs/ledger-format.md is the specification. This module needs neither fcntl nor mmap, so that any process can use it.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,21 +20,23 @@ MAGIC = b"promport"
 VERSION = 3
 BYTE_ORDER = 0x01020304
 HEADER = struct.Struct("=8sIIQ32s")  # magic, version, byte order, size, site; its CRC-32 follows
-# Native ones, as struct writes these with one store, and "=I" byte by byte: a kill or a reader might see half of it.
+# Native formats: struct writes them with one store, but "=I" byte by byte, so that a kill could leave half a number.
 WORD = struct.Struct("I")
 LONG = struct.Struct("Q")
 NUMBER = struct.Struct("d")
 SLOT = struct.Struct("II")  # size of the whole slot, state; the payload follows
 
-INDEX_AT_AT = 64
+SITE_AT, INDEX_AT_AT = 24, 64
 SEAL_AT, END_AT, CELLS_END_AT, WRITING_AT = 1024, 1032, 1040, 1048
-SETTLED_AT, OPENED_AT = 2048, 2056
+SCRAPED_AT, OPENED_AT, SETTLED_AT = 2048, 2056, 2088
 HOLDER = struct.Struct("=QQQ")  # pid, start in clock ticks since the boot, inode of the pid namespace
 HOLDER_AT = 2064
 CELLS_AT = 4096
 OPEN = int.from_bytes(b"OPEN", "big")  # not 0: a sealed file whose seal was torn out must not look open
 # Cells of a series before its values: created, activity at the last claim, time of the last claim that found another.
+# Only the modules of the ledger know them. For all others a series begins with its first value.
 STATE = 3
+CREATED = -STATE  # where the created time is, counted from the first value
 # How long a forgotten series' cells are left alone, by the monotonic clock. A reader has to be faster.
 QUARANTINE_SECONDS = 10.0
 
@@ -99,11 +101,6 @@ def check_seal(file: int, layout: Layout, cells_end: int, index_end: int) -> Non
         raise LedgerDamaged("somebody changed it while no process had it open")
 
 
-def count_values(type_: str, bounds: Sequence[str]) -> int:
-    """Return how many values a series has, after its STATE cells. Raises KeyError for an unknown type."""
-    return KINDS[type_].count_values(bounds)
-
-
 Labels = tuple[str, ...]
 
 
@@ -119,13 +116,23 @@ class FamilyRecord(NamedTuple):
     bounds: Labels
     mode: str
 
+    @property
+    def shape(self) -> tuple[str, Labels, Labels]:
+        """What has to stay the same for its numbers to mean the same."""
+        return self.type, self.labelnames, self.bounds
+
+    @property
+    def width(self) -> int:
+        """How many values a series has. Raises KeyError for an unknown type."""
+        return KINDS[self.type].count_values(self.bounds)
+
 
 class SeriesRecord(NamedTuple):
-    """An index record that says in which cells a series begins. family: its number."""
+    """An index record of a series. family: its number. begin: the first of its cells, before its values."""
 
     family: int
     labelvalues: Labels
-    first: int
+    begin: int
 
 
 Record = FamilyRecord | SeriesRecord
@@ -141,15 +148,15 @@ def encode(record: Record) -> bytes:
 
 
 def decode(payload: bytes) -> Record:
-    """Return the record in a payload. Raises ValueError, TypeError or LookupError if it is none."""
+    """Return the record in a payload. Raises ValueError, TypeError or LookupError if it holds none."""
     return _make_record(json.loads(payload))
 
 
 def _make_record(parsed: Any) -> Record:
     what, *rest = parsed
     if what == "series":
-        family, labelvalues, first = rest
-        return SeriesRecord(family, tuple(labelvalues), first)
+        family, labelvalues, begin = rest
+        return SeriesRecord(family, tuple(labelvalues), begin)
     if what != "family":
         raise ValueError(what)
     number, name, type_, help_, unit, labelnames, bounds, mode = rest
@@ -191,7 +198,7 @@ class Index(NamedTuple):
 def read_index(index: bytes, begin: int) -> Index:
     """Read an index, or the first part of one, that begins at this place of the file.
 
-    Raises ValueError, TypeError or LookupError for a record that is whole and says nothing.
+    Raises ValueError, TypeError or LookupError for a record that is complete but malformed.
     """
     places: list[int] = []
     payloads: list[bytes] = []

@@ -16,11 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from django_promports.family import Family
+from django_promports.kinds import KINDS
 from django_promports.layout import (
     HOLDER_AT,
     LAYOUT,
     LONG,
     OPENED_AT,
+    SCRAPED_AT,
     SETTLED_AT,
     STATE,
     Content,
@@ -31,7 +34,8 @@ from django_promports.layout import (
     hash_site,
     read_header,
 )
-from django_promports.storage import Family, LedgerFull, Storage
+from django_promports.processes import identify
+from django_promports.storage import LedgerFull, Storage
 from django_promports.unix import lock_file
 from django_promports.version2 import read_old_file
 
@@ -39,7 +43,7 @@ __all__ = ["Family", "Ledger", "LedgerFull", "LedgerLocked"]
 
 logger = logging.getLogger("django_promports")
 
-# A series that nobody touched for this long, and that was scraped since, is dropped at the next claim. Shorter, and a
+# A series that did not change for this long, and was scraped since then, is dropped at the next claim. Shorter, and a
 # counter that grows once an hour would restart from zero each time, which PromQL does not count.
 FORGET_SECONDS = 24 * 3600.0
 # Seconds to wait for the lock: a process that ends frees its port a moment before its files.
@@ -51,29 +55,34 @@ class LedgerLocked(Exception):
 
 
 class Copy(NamedTuple):
-    """What a new file has from the start."""
+    """The initial content of a new file."""
 
     content: Content
-    settled_at: float = 0.0
+    scraped_at: float = 0.0
     opened_at: float = 0.0
 
 
 class Ledger:
     """An open ledger. Its holder ensures that one change ends before another begins.
 
-    families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. A series'
-    values begin STATE cells after its first one. is_new: whether there was no such file before.
+    families: the metrics that it holds, by name. cells: a memoryview of float64, indexed by cell number. is_new:
+    whether there was no such file before.
     """
 
-    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT) -> None:
+    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT, file: int | None = None) -> None:
         """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
-        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced.
+        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced. file: open
+        and locked already, perhaps.
         """
         self.path = path
         self._site, self._layout = hash_site(application), layout
-        file = _open_locked(path)
+        if file is not None and not _is_at(path, file):
+            os.close(file)
+            file = None
+        if file is None:
+            file = open_locked(path)
         try:
             self.is_new = os.fstat(file).st_size == 0
             self._storage = self._load(file)
@@ -92,9 +101,9 @@ class Ledger:
         self.families, self.cells = self._storage.families, self._storage.cells
 
     @property
-    def settled_at(self) -> float:
-        """When all of it was scraped last, in seconds since the epoch; 0 if it never was."""
-        return self._storage.read_number(SETTLED_AT)
+    def scraped_at(self) -> float:
+        """Counts that are older were scraped completely; in seconds since the epoch, 0 if it never was."""
+        return self._storage.read_number(SCRAPED_AT)
 
     def add_family(
         self, name: str, type_: str, help_: str, unit: str, labelnames: Labels, bounds: Labels, mode: str = ""
@@ -105,7 +114,7 @@ class Ledger:
         """
         known = self.families.get(name)
         if known is not None:
-            if known.shape == (type_, labelnames, bounds):
+            if known.record.shape == (type_, labelnames, bounds):
                 return known
             logger.warning("%s has other labels or buckets than before; its counts begin at zero.", name)
             self.forget(known)
@@ -113,7 +122,7 @@ class Ledger:
         return self._storage.add_family(FamilyRecord(0, name, type_, help_, unit, labelnames, bounds, mode))
 
     def add_series(self, family: Family, labelvalues: Labels, created: float) -> int:
-        """Return the first cell of a new series; its values are zero.
+        """Return the cell of the first value of a new series; its values are zero.
 
         Raises LedgerFull, and UnicodeEncodeError for label values that no exposition can show.
         """
@@ -124,14 +133,15 @@ class Ledger:
         """Remove a series, or a whole family with its series. Cells rest for a while before they are used again."""
         self._storage.forget(family, labelvalues)
 
-    def note_scrape(self) -> None:
-        """Note that all of it was scraped just now."""
-        self._storage.write_number(SETTLED_AT, time.time())
+    def note_scrape(self, began: float) -> None:
+        """Note that a complete scrape showed the counts of this time (time.time()), unless it was opened later."""
+        if began >= self._storage.read_number(OPENED_AT):
+            self._storage.write_number(SCRAPED_AT, max(began, self.scraped_at))
 
     def close(self, *, seal: bool = True, remove: bool = False) -> None:
-        """Let another process have it. Sealed, the next holder can tell whether the file rested unharmed.
+        """Close the file, and release its lock. A seal shows the next holder whether the file was changed meanwhile.
 
-        Nobody may use the cells any more. In a forked child of the holder (seal=False) this only lets go of what
+        The cells must not be used any more. In a forked child of the holder (seal=False) this only lets go of what
         the child inherited. remove: remove the file as well.
         """
         if remove:  # while the lock is held
@@ -147,8 +157,7 @@ class Ledger:
             if site != self._site:
                 raise LedgerDamaged("it belongs to another site")
             if version == 2:
-                content, settled_at, opened_at = read_old_file(file, self._layout)
-                return self._renew(Copy(content, settled_at, opened_at))
+                return self._renew(Copy(*read_old_file(file, self._layout)))
             storage = Storage(self.path, file, self._layout)
             try:
                 storage.load()
@@ -166,28 +175,28 @@ class Ledger:
             return self._renew(Copy([]))
 
     def _tidy(self) -> None:
-        """Note which series the last holder touched, and forget those that nobody did for long.
+        """Note which series the last holder changed, and forget those that did not change for long.
 
-        Numbers that are not finite are zero from here on, and what gauges said went with their process.
+        Numbers that are not finite become zero. Gauges are forgotten: they described a process that has ended.
         """
-        now, scraped, storage = time.time(), self.settled_at, self._storage
+        now, scraped, storage = time.time(), self.scraped_at, self._storage
         cells, senseless = storage.cells, []
         for family in list(storage.families.values()):
-            if family.type == "gauge":
+            if family.record.type == "gauge":
                 self.forget(family)
                 continue
-            width, growing = STATE + family.width, family.growing
+            growing = KINDS[family.record.type].growing
             for labelvalues, first in list(family.series.items()):
-                row: list[Any] = cells[first : first + width].tolist()
+                row: list[Any] = cells[family.find_row(first)].tolist()
                 is_sound = math.isfinite(sum(row))
                 if not is_sound:  # or the sum of them is too large
-                    for cell, number in enumerate(row, first):
+                    for index, number in enumerate(row):
                         if not math.isfinite(number):
-                            cells[cell] = row[cell - first] = 0.0
-                            senseless.append(f"{family.name}{list(labelvalues)}")
+                            cells[first - STATE + index] = row[index] = 0.0
+                            senseless.append(f"{family.record.name}{list(labelvalues)}")
                 activity = sum(row[STATE:][growing])
                 if activity != row[1] or not is_sound:
-                    cells[first + 1], cells[first + 2] = activity if math.isfinite(activity) else 0.0, now
+                    cells[first - 2], cells[first - 1] = activity if math.isfinite(activity) else 0.0, now
                 elif row[2] < min(scraped, now - FORGET_SECONDS):
                     self.forget(family, labelvalues)
         if senseless:
@@ -202,10 +211,7 @@ class Ledger:
             content = [
                 (
                     family.record,
-                    [
-                        (labelvalues, list(cells[first : first + STATE + family.width]))
-                        for labelvalues, first in family.series.items()
-                    ],
+                    [(labels, list(cells[family.find_row(first)])) for labels, first in family.series.items()],
                 )
                 for family in storage.families.values()
                 if family.series
@@ -218,14 +224,14 @@ class Ledger:
         """Put a new file with this content in the place of the old one, which stays as it is until then."""
         temporary = self.path.with_name(f".{self.path.name}.new")
         temporary.unlink(missing_ok=True)
-        file = _open_locked(temporary)
+        file = open_locked(temporary)
         try:
             storage = Storage.create(self.path, file, self._layout, self._site)
             for record, many in copy.content:
                 family = storage.add_family(record)
                 for labelvalues, numbers in many:
                     storage.add_series(family, labelvalues, numbers)
-            storage.write_number(SETTLED_AT, copy.settled_at)
+            storage.write_number(SCRAPED_AT, copy.scraped_at)
             storage.write_number(OPENED_AT, copy.opened_at)
             os.replace(temporary, self.path)
         except BaseException:
@@ -235,42 +241,43 @@ class Ledger:
         return storage
 
     def _note_holder(self) -> None:
-        storage = self._storage
+        storage, holder = self._storage, identify()
         storage.write_long(HOLDER_AT, 0)  # until the rest is there
-        for number, value in enumerate(_identify_process(), 1):
+        for number, value in enumerate(holder[1:], 1):
             storage.write_long(HOLDER_AT + number * LONG.size, value)
-        storage.write_long(HOLDER_AT, os.getpid())
-        storage.write_number(OPENED_AT, time.time())
+        storage.write_long(HOLDER_AT, holder.pid)
+        # Whatever the clock did meanwhile: what is counted from now on has not been settled.
+        settled_at = storage.read_number(SETTLED_AT)
+        storage.write_number(OPENED_AT, max(time.time(), math.nextafter(settled_at, math.inf)))
 
 
-def _identify_process() -> tuple[int, int]:
-    """Return when this process started, in clock ticks since the boot, and its pid namespace; 0 where unknown."""
-    try:
-        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()  # man 5 proc: the 22nd
-        return int(fields[19]), os.stat("/proc/self/ns/pid").st_ino
-    except (OSError, ValueError, LookupError):
-        return 0, 0
-
-
-def _open_locked(path: Path) -> int:
-    deadline = time.monotonic() + LOCK_SECONDS
+def open_locked(path: Path, *, seconds: float = LOCK_SECONDS, create: bool = True) -> int:
+    """Open a ledger of this user and lock it. Raises LedgerLocked after so many seconds, and OSError."""
+    deadline = time.monotonic() + seconds
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        file = os.open(path, flags, 0o600)
         try:
             status = os.fstat(file)
             if status.st_uid != os.geteuid() or not stat.S_ISREG(status.st_mode):
                 raise PermissionError(f"{path} is not a file of this user")
             lock_file(file)
-            if os.path.samestat(os.stat(path), status):  # else the former holder has just renewed it
+            if _is_at(path, file):  # else the former holder has just renewed it
                 return file
             os.close(file)
         except BlockingIOError:
             os.close(file)
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise LedgerLocked(f"Another process has {path} open") from None
             time.sleep(0.01)
-        except FileNotFoundError:
-            os.close(file)
         except BaseException:
             os.close(file)
             raise
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False

@@ -1,4 +1,4 @@
-"""Rate-limited logging of what a peer or a loop can cause: one line of a kind per minute, with the number left out."""
+"""Rate-limited logging of what a peer or a loop can cause: one line of a kind per minute, counting those left out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The event loop: many sockets in one thread. A conversation is a generator that yields what it waits for.
 
+Conversations have deadlines, can wait for each other, and can share one result (single flight).
+
 No socket blocks, so that no peer can delay another; only the selector waits. So the same code works in a thread, under
 gevent (where the selector yields to the hub) and in a command.
 

@@ -21,6 +21,9 @@ class OwnMetrics(NamedTuple):
     failed: Counter
     refused: Counter
     collector_failures: Counter
+    scraped_at: Gauge
+    interval: Gauge
+    waits: Counter
 
 
 @cache
@@ -41,5 +44,21 @@ def own_metrics() -> OwnMetrics:
         Counter(
             "promports_collector_failures_total",
             "Times that a collector raised, or that labels or numbers could not be shown in a scrape.",
+        ),
+        Gauge(
+            "promports_last_scrape_timestamp_seconds",
+            "When this process was last scraped completely, by the address of the scraper.",
+            ["scraper"],
+        ),
+        Gauge(
+            "promports_longest_scrape_interval_seconds",
+            "The longest time between two complete scrapes of this process, by the address of the scraper.",
+            ["scraper"],
+        ),
+        Counter(
+            "promports_waits_total",
+            "Times that this process waited for a port: because the range was full (range_full), or for one that an "
+            "older process might free in a reload (reload).",
+            ["reason"],
         ),
     )

@@ -24,6 +24,10 @@ IP_BIND_ADDRESS_NO_PORT = 24
 class RangeFull(Exception):
     """Every port of the range is taken."""
 
+    def __init__(self, address: str, ports: Sequence[int]) -> None:
+        count = len(ports)
+        super().__init__(f"No free port in {format_ports(ports)} on {address}: {count} of {count} taken.")
+
 
 class Claim(NamedTuple):
     """A claimed port, held for as long as its socket is open."""
@@ -35,7 +39,7 @@ class Claim(NamedTuple):
 def parse_ports(value: object) -> tuple[int, ...]:
     """Return the ports of a `range`, a sequence of ports or "19100-19131" (both ends included), lowest first.
 
-    Raises ValueError that says what is wrong.
+    Raises ValueError, with what is wrong.
     """
     ports: Sequence[object]
     if isinstance(value, str):
@@ -100,14 +104,15 @@ def claim(address: str, ports: Sequence[int]) -> Claim:
     every error that another port would not avoid (an address of another machine, a privileged port).
     """
     for port in ports:
-        listener = _listen(*resolve(address, port))
+        listener = listen(address, port)
         if listener is not None:
             return Claim(port, listener)
-    raise RangeFull(f"No free port in {format_ports(ports)} on {address}: {len(ports)} of {len(ports)} taken.")
+    raise RangeFull(address, ports)
 
 
-def _listen(family: socket.AddressFamily, target: tuple[Any, ...]) -> socket.socket | None:
-    """Return a listening socket; None if the port is taken."""
+def listen(address: str, port: int) -> socket.socket | None:
+    """Return a listening socket; None if the port is taken. Raises what claim() raises for other reasons."""
+    family, target = resolve(address, port)
     for _ in range(LISTEN_ATTEMPTS):
         listener = socket.socket(family, socket.SOCK_STREAM)
         bound = False

@@ -1,8 +1,9 @@
-"""Presence: which processes of this machine wait for a port, and asking a supervisor to step down from its port.
+"""Presence: which processes of this machine wait for a port, and asking others of the site for theirs.
 
-Both use abstract unix sockets, without files and without requests to a port. Like a port, such a socket belongs to the
-network namespace and ends with its process. Only Linux has them. Elsewhere no process is counted as waiting, and a
-supervisor that spawns its workers keeps its port.
+A supervisor is asked to step down from its port, and an heir to hand one over. All of it uses abstract unix sockets,
+without files and without requests to a port. Like a port, such a socket belongs to the network namespace and ends with
+its process. Only Linux has them. Elsewhere no process is counted as waiting, a supervisor that spawns its workers keeps
+its port, and a process that needs a port does not get that of an heir.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from django_promports.processes import read_stat
 
 
 def announce_waiting(ports: Sequence[int]) -> socket.socket | None:
@@ -44,7 +47,7 @@ def is_child(peer: socket.socket) -> bool:
     """Return whether the process that connected to the step-down socket is a child of this one."""
     try:
         # The parent's pid is the second field after the name.
-        return int(_read_stat(_peer(peer)[0])[1]) == os.getpid()
+        return int(read_stat(_peer(peer)[0])[1]) == os.getpid()
     except OSError:  # the process has ended
         return False
 
@@ -67,6 +70,45 @@ def relieve_parent(key: bytes, seconds: float) -> None:
             pass
 
 
+def open_hand_over(key: bytes, port: int) -> socket.socket | None:
+    """Open the socket where a process of the site asks this one for a port: take_over(). Linux only."""
+    return _bind_sign(socket.SOCK_STREAM, _hand_over_name(key, port)) if sys.platform == "linux" else None
+
+
+def take_over(key: bytes, port: int, seconds: float, silent: set[int]) -> tuple[socket.socket, int] | None:
+    """Ask for a port and return what its heir sends: the listening socket, and the ledger, locked; None without one.
+
+    seconds: to wait for the answer. silent: pids of heirs that did not answer in time; they are not asked again.
+    """
+    if sys.platform != "linux":
+        return None
+    files: list[int] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        pid = 0
+        try:
+            sock.setblocking(False)
+            sock.connect(_hand_over_name(key, port))
+            pid, user = _peer(sock)
+            if user != os.geteuid() or pid in silent:
+                return None
+            sock.settimeout(seconds)
+            _, files, _, _ = socket.recv_fds(sock, 1, 2, socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError:
+            silent.add(pid)
+        except OSError:  # there is no heir
+            return None
+    if len(files) != 2:
+        for file in files:
+            os.close(file)
+        return None
+    return socket.socket(fileno=files[0]), files[1]
+
+
+def is_same_user(peer: socket.socket) -> bool:
+    """Return whether the process at the other end is one of this user."""
+    return _peer(peer)[1] == os.geteuid()
+
+
 def _peer(sock: socket.socket) -> tuple[int, int]:
     """Return pid and user of the process at the other end: the one that connected, or that called listen()."""
     # man 7 unix: struct ucred.
@@ -74,19 +116,18 @@ def _peer(sock: socket.socket) -> tuple[int, int]:
     return pid, user
 
 
-def _read_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the name, which may contain parentheses (man 5 proc)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
 def _step_down_name(key: bytes, pid: int) -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        began = _read_stat(pid)[19]  # in clock ticks since boot
+        began = read_stat(pid)[19]  # in clock ticks since boot
     except OSError:  # it is in another pid namespace, or /proc hides it
         return None
     return f"\0django_promports/step-down/{hmac.new(key, f'step-down {pid} {began}'.encode(), 'sha256').hexdigest()}"
+
+
+def _hand_over_name(key: bytes, port: int) -> str:
+    return f"\0django_promports/hand-over/{hmac.new(key, f'hand-over {port}'.encode(), 'sha256').hexdigest()}"
 
 
 def _bind_sign(kind: socket.SocketKind, name: str) -> socket.socket | None:

@@ -1,7 +1,7 @@
 """Probing: asking ports over HTTP whether a worker of this site is there, and what it does.
 
-An answer is not trusted: any program may hold the port. Only an endpoint that proves to belong to this site is live,
-and of its answer only plausible values are kept.
+An answer is not trusted: any program may hold the port. Only an endpoint that proves that it belongs to this site is
+live, and of its answer only plausible values are kept.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def find_live(
 
 
 def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
-    """Ask a port for a path; only an endpoint that proves to belong to this site is `live`.
+    """Ask a port for a path; only an endpoint that proves that it belongs to this site is `live`.
 
     Raises ValueError if the host has no address.
     """
@@ -191,7 +191,7 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
             about = json.loads(body)
             application, project = about["application"], about["project"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            return other("it answers garbage")
+            return other("its answer is malformed")
         if application != APPLICATION or project != site.project:
             return other(f"it is the endpoint of another site, {project!r:.80}")
     return other(doubt) if doubt else Answer(State.LIVE, about, body, seconds)

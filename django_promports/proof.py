@@ -1,4 +1,4 @@
-"""Proof: how a probe and its answer prove to come from processes of one site, without sending the bearer token.
+"""Proof: how a probe and its answer prove that they come from processes of one site, without sending the bearer token.
 
 A probe carries a MAC for each key of the site, over what it asks (the address and port that were dialled, path and
 Host), the time and a nonce, so that a recorded probe cannot be used elsewhere, nor for long. Its answer carries a MAC
@@ -66,7 +66,7 @@ class Proof(NamedTuple):
 
 
 def make_probe(keys: Sequence[bytes], asked: Asked) -> Probe:
-    """Return a probe that proves to come from this site."""
+    """Return a probe that proves that it comes from this site."""
     nonce, at = secrets.token_hex(16), f"{time.time():.6f}"
     address = _normalize(asked.address)
     macs = [_sign_probe(key, at, nonce, address, asked) for key in keys]

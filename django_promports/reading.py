@@ -1,11 +1,12 @@
-"""Read ledgers of other processes, while they count in them and whatever becomes of the file meanwhile.
+"""Read the ledgers of other processes while they count in them, even if a file is truncated or replaced meanwhile.
 
-Nothing is mapped: a hole that a full file system cannot back, or a truncated file, would kill whoever maps it (SIGBUS).
-docs/ledger-format.md says what a reader has to do; this module follows it.
+Nothing is mapped: a hole that a full file system cannot back, or a truncated file, would kill the reader (SIGBUS).
+docs/ledger-format.md specifies what a reader has to do; this module follows it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 from django_promports.layout import (
     CELLS_AT,
+    CELLS_END_AT,
+    CREATED,
     END_AT,
     HOLDER,
     HOLDER_AT,
@@ -25,8 +28,10 @@ from django_promports.layout import (
     OPEN,
     OPENED_AT,
     QUARANTINE_SECONDS,
+    SCRAPED_AT,
     SEAL_AT,
     SETTLED_AT,
+    SITE_AT,
     STATE,
     WORD,
     FamilyRecord,
@@ -34,44 +39,54 @@ from django_promports.layout import (
     LedgerDamaged,
     Record,
     SeriesRecord,
-    count_values,
+    check_seal,
     read_header,
     read_index,
     sort_records,
 )
+from django_promports.processes import Identity, is_running
 from django_promports.version2 import read_old_families
 
-# Attempts to read a file that changes too fast, or a reader that is stopped too often.
+# Attempts to read a file that changes while it is read, or that takes too long to read.
 ATTEMPTS = 5
 
 Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
 
 
-class Holder(NamedTuple):
-    """A process: its pid, its start in clock ticks since the boot, and its pid namespace; each is 0 where unknown."""
+class Status(NamedTuple):
+    """What a ledger tells of its holder and its scrapes.
 
-    pid: int
-    started: int
-    namespace: int
-
-
-class Reading(NamedTuple):
-    """What a ledger held at one moment.
-
-    site: see hash_site(). opened_at, settled_at: seconds since the epoch, or 0. holder: the last one. is_sealed:
-    whether it was closed. families: by name; of each series the created time and the values, by label values.
+    site: see hash_site(). opened_at, scraped_at, settled_at: seconds since the epoch, or 0. holder: the last one.
+    is_sealed: whether that one closed it.
     """
 
     site: bytes
     opened_at: float
+    scraped_at: float
     settled_at: float
-    holder: Holder
+    holder: Identity
     is_sealed: bool
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether it may have counts that were never scraped."""
+        return self.opened_at > self.settled_at
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its holder is known to have it still. The lock tells it for certain, and the claim of the port."""
+        return not self.is_sealed and is_running(self.holder) is True
+
+
+class Reading(NamedTuple):
+    """What a ledger held at one moment. families: by name; of each series created time and values, by label values."""
+
+    status: Status
     families: Families
 
 
 class Reader:
-    """Reads one ledger, again and again. It follows the path to the file that is there now."""
+    """Reads one ledger repeatedly, and opens the new file if the old one was replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,9 +94,9 @@ class Reader:
         self._known: tuple[bytes, dict[int, Record]] = b"", {}
 
     def read(self) -> Reading | None:
-        """Return what the ledger holds; None if there is none, or one that was never begun.
+        """Return what the ledger holds; None if the file does not exist, or is still empty.
 
-        Raises LedgerDamaged if it is another kind of file, TimeoutError if reading takes too long each time, and
+        Raises LedgerDamaged if it is not a ledger or is damaged, TimeoutError if reading takes too long each time, and
         OSError if it cannot be read.
         """
         for _ in range(ATTEMPTS):
@@ -114,23 +129,15 @@ class Reader:
         status = os.fstat(file)
         if not status.st_size:
             return None
-        version, site = read_header(file, status.st_size)
+        version, _ = read_header(file, status.st_size)
         head = os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0")
-        holder = Holder(*HOLDER.unpack_from(head, HOLDER_AT))
         if version == 2:
             families = self._read_version_2(file)
         else:
             families = self._read_families(
                 file, LONG.unpack_from(head, INDEX_AT_AT)[0], LONG.unpack_from(head, END_AT)[0]
             )
-        return Reading(
-            site,
-            NUMBER.unpack_from(head, OPENED_AT)[0],
-            NUMBER.unpack_from(head, SETTLED_AT)[0],
-            holder if holder.pid and version != 2 else Holder(0, 0, 0),  # without a pid it is being written
-            WORD.unpack_from(head, SEAL_AT)[0] != OPEN,
-            families,
-        )
+        return Reading(_read_status(head), families)
 
     def _read_families(self, file: int, index_at: int, end: int) -> Families:
         size = min(end, os.fstat(file).st_size) - index_at
@@ -139,7 +146,7 @@ class Reader:
         before = self._read_records(file, size, index_at)
         cells = _read_cells(file, before.values())
         after = self._read_records(file, size, index_at)
-        if after is not before:  # what is in both was there all the time
+        if after is not before:  # a record that is in both was valid all the time
             before = {slot: record for slot, record in before.items() if after.get(slot) == record}
         return _collect(before, cells)
 
@@ -168,13 +175,45 @@ class Reader:
         raise AssertionError
 
 
-def read_opening(path: Path) -> float | None:
-    """Return when a ledger was opened last, in seconds since the epoch; None if there is none."""
+def read_status(path: Path) -> Status | None:
+    """Return what a ledger tells of its holder and its scrapes; None if there is no ledger."""
     try:
-        with path.open("rb") as file:
-            return float(NUMBER.unpack(os.pread(file.fileno(), NUMBER.size, OPENED_AT))[0])
-    except (OSError, struct.error):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            read_header(file, os.fstat(file).st_size)
+            return _read_status(os.pread(file, CELLS_AT, 0).ljust(CELLS_AT, b"\0"))
+        finally:
+            os.close(file)
+    except (OSError, LedgerDamaged, struct.error):
         return None
+
+
+def read_locked(path: Path, file: int) -> Reading:
+    """Return what a ledger holds that this process has locked. Raises OSError, and LedgerDamaged as its holder would.
+
+    file: open at this path. It stays open.
+    """
+    version, _ = read_header(file, LAYOUT.size)
+    reader = Reader(path)
+    try:
+        reading = reader.read()
+    finally:
+        reader.close()
+    if reading is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if version != 2:
+        cells_end, end = (LONG.unpack(os.pread(file, LONG.size, at))[0] for at in (CELLS_END_AT, END_AT))
+        check_seal(file, LAYOUT, cells_end, end)
+    return reading
+
+
+def _read_status(head: bytes) -> Status:
+    (site,) = struct.unpack_from("32s", head, SITE_AT)
+    opened_at, scraped_at, settled_at = (NUMBER.unpack_from(head, at)[0] for at in (OPENED_AT, SCRAPED_AT, SETTLED_AT))
+    holder = Identity(*HOLDER.unpack_from(head, HOLDER_AT))
+    if not holder.pid:  # it is being written, or by version 0.1
+        holder = Identity(0, 0, 0)
+    return Status(site, opened_at, scraped_at, settled_at, holder, WORD.unpack_from(head, SEAL_AT)[0] != OPEN)
 
 
 def is_sealed(path: Path) -> bool:
@@ -186,10 +225,8 @@ def is_sealed(path: Path) -> bool:
 def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
     """Return the cells up to the last one that a record may need, as far as they are there."""
     records = list(records)
-    widths = {
-        one.number: STATE + count_values(one.type, one.bounds) for one in records if isinstance(one, FamilyRecord)
-    }
-    end = max((one.first + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
+    widths = {one.number: STATE + one.width for one in records if isinstance(one, FamilyRecord)}
+    end = max((one.begin + widths.get(one.family, 0) for one in records if isinstance(one, SeriesRecord)), default=0)
     cells = os.pread(file, 8 * end, CELLS_AT)
     return memoryview(cells[: len(cells) // 8 * 8]).cast("d")
 
@@ -206,7 +243,7 @@ def _collect(records: dict[int, Record], cells: memoryview[float]) -> Families:
                     del by_number[former[0].number]
         elif record.family in by_number:
             family, series = by_number[record.family]
-            begin, end = record.first + STATE, record.first + STATE + count_values(family.type, family.bounds)
+            first, end = record.begin + STATE, record.begin + STATE + family.width
             if end <= len(cells):
-                series[record.labelvalues] = [cells[record.first], *cells[begin:end]]
+                series[record.labelvalues] = [cells[first + CREATED], *cells[first:end]]
     return families

@@ -1,7 +1,8 @@
-"""The site secret: random bytes in the ledger folder, shared by the processes of one site and by nobody else.
+"""The site secret: random bytes in the ledger folder, shared by the processes of one site and by no others.
 
 With it they authenticate each other: probes and their answers (proof.py), and a child that asks its supervisor for the
-port (presence.py). Processes that share no folder derive a key from the bearer token or SECRET_KEY.
+port (presence.py). Processes that share no folder derive a key from the bearer token or SECRET_KEY;
+conf.py decides which keys a process uses.
 """
 
 from __future__ import annotations

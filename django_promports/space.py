@@ -1,4 +1,4 @@
-"""Free space inside a ledger, by size. What was given back can be kept apart until nobody reads it any more."""
+"""Free space inside a ledger, by size. A piece can be kept in quarantine until no reader uses it any more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 
 
 class Space:
-    """Free pieces, each known by where it begins. quarantine: seconds for which a piece that was in use rests."""
+    """Free pieces, each known by where it begins. quarantine: seconds until a piece that was in use is ready."""
 
     def __init__(self, quarantine: float = 0.0) -> None:
         self._quarantine = quarantine
@@ -16,12 +16,12 @@ class Space:
         self.count = 0
 
     def give_back(self, begin: int, size: int) -> None:
-        """Take a piece that was in use until now."""
+        """Add a piece that was in use until now: it is quarantined first."""
         self._resting.append((time.monotonic() + self._quarantine, begin, size))
         self.count += 1
 
     def add(self, begin: int, size: int) -> None:
-        """Take a piece that can be used at once."""
+        """Add a piece that can be used at once."""
         self._ready.setdefault(size, []).append(begin)
         self.count += 1
 

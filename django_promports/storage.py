@@ -2,22 +2,19 @@
 
 docs/ledger-format.md is the specification. A kill between any two stores leaves a file that can be read: a record is in
 its slot before one store publishes it, and one store forgets it. So does an exception that a signal handler raises
-between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, when no reader can take
-what is counted there then for its numbers.
+between any two of them. Cells of a forgotten series are used again after QUARANTINE_SECONDS, so that no reader takes
+new counts there for those of the forgotten series.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import time
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from django_promports.kinds import KINDS
+from django_promports.family import Family
 from django_promports.layout import (
     CELLS_AT,
     CELLS_END_AT,
@@ -40,7 +37,6 @@ from django_promports.layout import (
     Record,
     SeriesRecord,
     check_seal,
-    count_values,
     decode,
     encode,
     free_state,
@@ -60,66 +56,6 @@ class LedgerFull(Exception):
     """There is no room for another series, in the ledger or on the file system."""
 
 
-@dataclass(eq=False, slots=True)
-class Family:
-    """What the series of one metric have in common, and the first cell of each, by label values.
-
-    It is an identity: a metric that is made again, in another shape or after it was forgotten, has another family and
-    other cells. cells: those of its ledger; reading them after the ledger was closed raises ValueError. width: how many
-    values a series has. rests_until: when its cells may be used again after it was forgotten, in seconds of
-    time.monotonic().
-    """
-
-    number: int
-    name: str
-    type: str
-    help: str
-    unit: str
-    labelnames: Labels
-    bounds: Labels
-    mode: str
-    series: dict[Labels, int] = field(repr=False)
-    cells: memoryview[float] = field(repr=False)
-    slot: int = field(repr=False)
-    rests_until: float = field(default=math.inf, init=False)
-    width: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.width = count_values(self.type, self.bounds)
-
-    @property
-    def record(self) -> FamilyRecord:
-        """What the file says of it."""
-        return FamilyRecord(
-            self.number, self.name, self.type, self.help, self.unit, self.labelnames, self.bounds, self.mode
-        )
-
-    @property
-    def shape(self) -> tuple[str, Labels, Labels]:
-        """What has to stay the same for its numbers to mean the same."""
-        return self.type, self.labelnames, self.bounds
-
-    @property
-    def growing(self) -> slice:
-        """Which of its values never fall; kinds says it for each type."""
-        return KINDS[self.type].growing
-
-    def read(self, firsts: Iterable[int]) -> bytes:
-        """Return the values of the series that begin at these cells, as bytes of float64, one after the other.
-
-        Raises ValueError if the family was forgotten too long ago.
-        """
-        cells, end = self.cells, STATE + self.width
-        numbers = b"".join([cells[first + STATE : first + end] for first in firsts])
-        self.check()
-        return numbers
-
-    def check(self) -> None:
-        """Raise ValueError if what was just read from its cells may be another family's."""
-        if time.monotonic() >= self.rests_until:
-            raise ValueError(f"{self.name} was forgotten")
-
-
 class Storage:
     """An open file. Its holder ensures that one change ends before another begins.
 
@@ -134,7 +70,8 @@ class Storage:
         self.families: dict[str, Family] = {}
         self._by_number: dict[int, Family] = {}
         self._next_number = 0
-        # Where the record of a series is, by its first cell; 0 for other cells. A dict would take twice the memory.
+        # Where the record of a series is, by the cell of its first value; 0 for other cells. A dict would take
+        # twice the memory.
         self._slots = array("I")
         self._free, self._holes = Space(), Space(QUARANTINE_SECONDS)  # slots, and cells
         self._cells_end = self._cells_reserved = 0
@@ -172,17 +109,17 @@ class Storage:
         self._write_word(SEAL_AT, OPEN)
 
     def close(self, *, seal: bool) -> None:
-        """Close the file. Sealed, the next holder can tell whether it rested unharmed."""
+        """Close the file. A seal shows the next holder whether it was changed meanwhile."""
         if seal:
             self._retract()
-            self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have come between
+            self.write_long(CELLS_END_AT, self._cells_end)  # an exception may have interrupted a change
             self.write_long(END_AT, self._index_end)
             self._write_word(SEAL_AT, seal_content(self.file, self.layout, self._cells_end, self._index_end))
         self.unmap()
         os.close(self.file)
 
     def unmap(self) -> None:
-        """Let go of the file, but not of the lock on it."""
+        """Unmap the file, but keep it open and locked."""
         for view in (self.cells, self._words, self._longs):
             view.release()
         self._map.close()
@@ -200,7 +137,7 @@ class Storage:
         return NUMBER.unpack_from(self._map, at)[0]  # type: ignore[no-any-return]
 
     def write_number(self, at: int, value: float) -> None:
-        NUMBER.pack_into(self._map, at, value)
+        self.write_long(at, LONG.unpack(NUMBER.pack(value))[0])
 
     def add_family(self, record: FamilyRecord) -> Family:
         """Make a family; it gets a number of its own. Raises LedgerFull."""
@@ -208,22 +145,23 @@ class Storage:
         return self.families[record.name]
 
     def add_series(self, family: Family, labelvalues: Labels, numbers: list[float]) -> int:
-        """Make a series with these cells; return the first. Raises LedgerFull and UnicodeEncodeError."""
-        first = self._take_cells(len(numbers))
-        self.cells[first : first + len(numbers)] = memoryview(array("d", numbers))
+        """Make a series with these cells; return that of its first value. Raises LedgerFull and UnicodeEncodeError."""
+        begin = self._take_cells(len(numbers))
+        self.cells[begin : begin + len(numbers)] = memoryview(array("d", numbers))
         try:
-            self._publish(SeriesRecord(family.number, labelvalues, first))
+            self._publish(SeriesRecord(family.record.number, labelvalues, begin))
         except (LedgerFull, UnicodeEncodeError):  # before anything was written; else the next holder has the cells
-            self._holes.add(first, len(numbers))
+            self._holes.add(begin, len(numbers))
             raise
-        return first
+        return begin + STATE
 
     def forget(self, family: Family, labelvalues: Labels | None = None) -> None:
         """Remove a series, or a whole family with its series. Cells rest for a while before they are used again.
 
         A family that was forgotten can be read for as long.
         """
-        if self._by_number.get(family.number) is not family:
+        number, name = family.record.number, family.record.name
+        if self._by_number.get(number) is not family:
             return
         if labelvalues is not None:
             if (first := family.series.get(labelvalues)) is not None:
@@ -231,22 +169,22 @@ class Storage:
                 family.series.pop(labelvalues, None)
             return
         family.rests_until = time.monotonic() + QUARANTINE_SECONDS
-        self.families.pop(family.name, None)
+        self.families.pop(name, None)
         for first in list(family.series.values()):
             self._forget_series(family, first)
         size = self._free_slot(family.slot)
-        del self._by_number[family.number]
+        del self._by_number[number]
         self._free.add(family.slot, size)
 
     def _count_slots(self) -> int:
         return len(self._slots) - self._slots.count(0)
 
     def _forget_series(self, family: Family, first: int) -> None:
-        if slot := self._slots[first]:  # else an exception interrupted whoever forgot it before
+        if slot := self._slots[first]:  # 0: an exception interrupted an earlier attempt to forget it
             size = self._free_slot(slot)
             self._slots[first] = 0
             self._free.add(slot, size)
-            self._holes.give_back(first, STATE + family.width)
+            self._holes.give_back(first - STATE, STATE + family.width)
 
     def _read_index(self) -> Index:
         """Read as much as there is. It may reach one record beyond the end that is written down."""
@@ -282,15 +220,15 @@ class Storage:
         self.write_long(WRITING_AT, 0)
         position = 0
         pieces = [
-            (first, first + STATE + family.width)
+            (first - STATE, first + family.width)
             for family in self._by_number.values()
             for first in family.series.values()
         ]
-        for first, end in sorted(pieces):
-            if first < position:
+        for begin, end in sorted(pieces):
+            if begin < position:
                 raise ValueError("cells of two series")
-            if first > position:
-                self._holes.give_back(position, first - position)
+            if begin > position:
+                self._holes.give_back(position, begin - position)
             position = end
         if self._count_slots() != len(pieces) or position > self.layout.cells:
             raise ValueError("cells")
@@ -299,24 +237,25 @@ class Storage:
             self._holes.give_back(position, self._cells_end - position)
 
     def _apply(self, slot: int, record: Record) -> None:
-        """Know a record that is in this slot, one that was just published or one that was found there."""
+        """Take over a record in this slot: one that was just published, or one that was found in the file."""
         if isinstance(record, SeriesRecord):
-            number, labelvalues, first = record
-            if not 0 <= first < self.layout.cells:
+            number, labelvalues, begin = record
+            if not 0 <= begin < self.layout.cells:
                 raise ValueError("cells")
+            first = begin + STATE
             if first >= len(self._slots):
                 self._slots.frombytes(bytes(self._slots.itemsize * (first + 1 - len(self._slots))))
             self._slots[first] = slot
             self._by_number[number].series[labelvalues] = first
             return
         former = self.families.get(record.name)
-        if former is not None and former.number > record.number:  # whoever replaced this one was interrupted
+        if former is not None and former.record.number > record.number:  # whoever replaced this one was interrupted
             self._free.add(slot, self._free_slot(slot))
             return
         if former is not None:
-            del self._by_number[former.number]
+            del self._by_number[former.record.number]
             self._free.add(former.slot, self._free_slot(former.slot))
-        family = Family(*record, {}, self.cells, slot)
+        family = Family(record, {}, self.cells, slot)
         self._next_number = max(self._next_number, record.number + 1)
         self._by_number[record.number] = self.families[record.name] = family
 
@@ -324,7 +263,7 @@ class Storage:
         family = self._by_number.get(record[0] if isinstance(record, SeriesRecord) else record.number)
         if family is None or isinstance(record, FamilyRecord):
             return family is not None
-        return family.series.get(record.labelvalues) == record.first
+        return family.series.get(record.labelvalues) == record.begin + STATE
 
     def _take_cells(self, count: int) -> int:
         first = self._holes.take(count)
@@ -344,7 +283,7 @@ class Storage:
         return first
 
     def _publish(self, record: Record) -> None:
-        """Write a record and know it from then on."""
+        """Write a record to the file, and apply it."""
         payload = encode(record)
         self._retract()
         size = len(payload) + SLOT.size

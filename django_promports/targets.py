@@ -21,7 +21,7 @@ from typing import TypedDict
 
 # Targets of a document that are formatted at once: enough to be fast, few enough to use little memory.
 TARGETS_AT_ONCE = 1000
-# Wrong lines of a list of hosts that are shown.
+# How many wrong lines of a list of hosts are shown.
 LINES_TOLD = 20
 
 quote = json.encoder.encode_basestring
@@ -97,7 +97,7 @@ def target_groups(
 ) -> Iterator[TargetGroup]:
     """Yield the target groups of hosts with their ports: one, or one per port with a `worker` label if `ports` is set.
 
-    `worker` is the index of the port in `ports`. The targets of a group are made while they are read.
+    `worker` is the index of the port in `ports`. The targets of a group are generated while they are read.
     """
     common = dict(labels)
     if scheme != "http":
@@ -144,8 +144,8 @@ def write_file(path: Path, content: Callable[[], Iterable[bytes]]) -> bool:
     """Replace the content of the file atomically; return False if the file has this content already.
 
     Prometheus watches the folder, so an unchanged file is left untouched, and the temporary file has a name that no
-    file_sd pattern matches. The content is made twice, once to compare. Raises OSError, and leaves the old file as it
-    was. A symbolic link is an error too, because Prometheus would not notice changes of the file that it points to.
+    file_sd pattern matches. The content is generated twice, once to compare it. Raises OSError, and leaves the old file
+    as it was. A symbolic link is an error too: Prometheus would not notice changes of the file that it points to.
     """
     try:
         mode = path.lstat().st_mode

@@ -14,12 +14,11 @@ from prometheus_client.samples import Sample
 
 from django_promports.children import Labels
 from django_promports.kinds import KINDS, Kind, find_counted
-from django_promports.layout import STATE
 from django_promports.ledger import Family
 
 
 class Unmade(NamedTuple):
-    """The unmade series of a family: the first cell of each, by label values.
+    """The unmade series of a family: the cell of the first value of each, by label values.
 
     A series leaves once this process has made it and the child has all of its number. So a reader that lists these
     first and the metric's children afterwards finds each series at least once. Where it finds it twice, this entry is
@@ -32,7 +31,7 @@ class Unmade(NamedTuple):
     def are_of(self, collector: Any) -> bool:
         """Whether they are series of this collector, not of another one of its name."""
         kind = find_counted(collector)
-        return kind is not None and read_shape(kind, collector) == self.family.shape
+        return kind is not None and read_shape(kind, collector) == self.family.record.shape
 
     def fit(self, owners: dict[str, Any]) -> bool:
         """Whether no other collector has a name of theirs."""
@@ -40,18 +39,19 @@ class Unmade(NamedTuple):
 
 
 def read_shape(kind: Kind, metric: Any) -> tuple[str, Labels, Labels]:
-    """Return what the shape of a metric's family is."""
+    """Return the shape that the family of a metric must have."""
     return metric._type, tuple(metric._labelnames), kind.read_bounds(metric)
 
 
 def sample_names(family: Family) -> set[str]:
     """Return the names that a family's metric takes in a registry."""
-    return {family.name + suffix for suffix in KINDS[family.type].suffixes}
+    return {family.record.name + suffix for suffix in KINDS[family.record.type].suffixes}
 
 
 def make_metric(family: Family) -> Metric:
     """Return a metric for the samples of a family's series."""
-    return Metric(family.name, family.help, family.type, family.unit)
+    record = family.record
+    return Metric(record.name, record.help, record.type, record.unit)
 
 
 def add_samples(metric: Metric, family: Family, series: dict[Labels, int], names: frozenset[str] | None) -> None:
@@ -67,7 +67,7 @@ def add_samples(metric: Metric, family: Family, series: dict[Labels, int], names
         metric.samples = [
             sample
             for sample in metric.samples
-            if tuple(sample.labels.get(name, "") for name in family.labelnames) not in series
+            if tuple(sample.labels.get(name, "") for name in family.record.labelnames) not in series
         ]
         metric.samples += samples
 
@@ -98,19 +98,19 @@ def merge(
 
 
 def _list_samples(family: Family, series: dict[Labels, int], names: frozenset[str] | None) -> list[Sample]:
-    kind, samples = KINDS[family.type], []
+    record = family.record
+    kind, samples = KINDS[record.type], []
     for labelvalues, first in series.items():
-        labels = dict(zip(family.labelnames, labelvalues, strict=True))
-        created, *_ = cells = family.cells[first : first + STATE + family.width].tolist()
+        labels = dict(zip(record.labelnames, labelvalues, strict=True))
+        values, (created,) = memoryview(family.read([first])).cast("d").tolist(), family.read_created([first])
         if family.series.get(labelvalues) != first:  # removed since, and its cells may belong to another series by now
             continue
-        family.check()
-        numbers = kind.list_numbers(cells[STATE:], family.bounds)
+        numbers = kind.list_numbers(values, record.bounds)
         if kind.has_created and metrics._use_created:
             numbers.append(("_created", {}, created))
         samples += [
-            Sample(family.name + suffix, {**labels, **more}, value)
+            Sample(record.name + suffix, {**labels, **more}, value)
             for suffix, more, value in numbers
-            if not names or family.name + suffix in names
+            if not names or record.name + suffix in names
         ]
     return samples

@@ -7,15 +7,17 @@ under a value's lock, and no lock is held while an object is freed.
 from __future__ import annotations
 
 from array import array
+from functools import update_wrapper
 from typing import Any
 
 from prometheus_client.values import MutexValue
 
-from django_promports.layout import STATE
+from django_promports.kinds import Kind
+from django_promports.layout import CREATED
 
 Cells = Any  # of float64, indexed by cell number: a ledger's memoryview, or an array where there is none
 # The cells of values that have none. Nobody reads them.
-NOWHERE: Cells = array("d", [0.0] * (STATE + 1))
+NOWHERE: Cells = array("d", [0.0])
 
 
 class CellValue:
@@ -28,7 +30,7 @@ class CellValue:
 
     def __init__(self, lock: Any, exemplar: Any) -> None:
         self._value = 0.0
-        self._cells, self._index = NOWHERE, STATE
+        self._cells, self._index = NOWHERE, 0
         self._lock = lock
         self._exemplar = exemplar
 
@@ -42,9 +44,10 @@ class CellValue:
             self._value = self._cells[self._index] = value
 
     def set_created(self, moment: float) -> None:
-        """Note when a counter with this value was reset; `created` is the first cell of its series."""
+        """Write to the ledger when a counter with this value was reset. Only the first value of a series can do it."""
         with self._lock:
-            self._cells[self._index - STATE] = moment
+            if self._cells is not NOWHERE:
+                self._cells[self._index + CREATED] = moment
 
     def get(self) -> float:
         with self._lock:
@@ -72,7 +75,7 @@ class CellValue:
         with self._lock:
             if not keep:
                 self._value = 0.0
-            self._cells, self._index = NOWHERE, STATE
+            self._cells, self._index = NOWHERE, 0
 
 
 class _MovedValue(MutexValue):
@@ -109,3 +112,19 @@ def give_cell(value: Any) -> CellValue:
         value.__class__ = _MovedValue
     CellValue.has_exemplars |= replacement._exemplar is not None
     return replacement
+
+
+def watch_resets(kind: Kind) -> None:
+    """Make reset() of a metric type write the new created time to the ledger too."""
+    reset = kind.cls.reset
+    if hasattr(reset, "notes_created"):
+        return
+
+    def reset_and_note(child: Any) -> None:
+        reset(child)
+        value = kind.get_values(child)[0]
+        if type(value) is CellValue:
+            value.set_created(child._created)
+
+    kind.cls.reset = update_wrapper(reset_and_note, reset)
+    kind.cls.reset.notes_created = True

@@ -1,8 +1,8 @@
-"""What a ledger of version 2 holds, for those that read it and for the conversion when it is taken over.
+"""Ledgers of version 2: what they hold, for readers and for ledger.py, which converts one when it is taken over.
 
-Its header, seal, end of the index, times and cells stand where those of version 3 do. Its index only grows: a record
-after the other, {uint32 length, uint32 CRC-32, JSON, padding to 8 bytes}; the first with length 0 is the end. Families
-are numbered in their order, and ["forget", family number, labels] or ["forget", family number] removes.
+Header, seal, end of the index, times and cells are at the same offsets as in version 3. The index is a log of records,
+{uint32 length, uint32 CRC-32, JSON, padding to 8 bytes}; the first with length 0 is the end. Families are numbered in
+their order, and ["forget", family number, labels] or ["forget", family number] removes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from django_promports.kinds import KINDS
 from django_promports.layout import (
     CELLS_AT,
     END_AT,
     LONG,
     NUMBER,
-    SETTLED_AT,
+    SCRAPED_AT,
     SLOT,
     STATE,
     Content,
@@ -29,10 +30,9 @@ from django_promports.layout import (
     Record,
     SeriesRecord,
     check_seal,
-    count_values,
 )
 
-# The index may reach a record beyond the end that is written down.
+# The index may reach a record beyond its recorded end.
 SLACK = 64 * 1024
 
 
@@ -46,7 +46,7 @@ class OldIndex(NamedTuple):
 
 
 def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
-    """Return what a file holds that no process has open, and when it was scraped and opened.
+    """Return the content of a file that no process has open, and when it was last scraped and opened.
 
     Raises LedgerDamaged.
     """
@@ -61,12 +61,12 @@ def read_old_file(file: int, layout: Layout) -> tuple[Content, float, float]:
     if old.end < written:
         raise LedgerDamaged("the end of its index is missing")
     check_seal(file, layout, old.cells_end, old.end)
-    times = os.pread(file, 2 * NUMBER.size, SETTLED_AT)
+    times = os.pread(file, 2 * NUMBER.size, SCRAPED_AT)
     return _collect(file, old), *struct.unpack("=dd", times)
 
 
 def read_old_families(file: int, layout: Layout) -> Content:
-    """Return what a file holds that a process may have open.
+    """Return the content of a file that a process may have open.
 
     Raises ValueError, TypeError or LookupError if it is damaged, or if a record is being written.
     """
@@ -82,8 +82,8 @@ def _collect(file: int, old: OldIndex) -> Content:
             content[record.number] = record, []
         elif _is_text(record.labelvalues):
             family, series = content[record.family]
-            end = record.first + STATE + count_values(family.type, family.bounds)
-            series.append((record.labelvalues, list(cells[record.first : end])))
+            end = record.begin + STATE + family.width
+            series.append((record.labelvalues, list(cells[record.begin : end])))
     return list(content.values())
 
 
@@ -112,17 +112,18 @@ def _read_old_index(file: int, layout: Layout, size: int) -> OldIndex:
         at += SLOT.size + -(-length // 8) * 8
         what, *rest = json.loads(payload)
         if what == "series":
-            number, labelvalues, first = rest
+            number, labelvalues, begin = rest
             family = families[number]
-            end = first + STATE + count_values(family.type, family.bounds)
-            if first < cells_end or end > layout.cells:
+            end = begin + STATE + family.width
+            if begin < cells_end or end > layout.cells:
                 raise ValueError("cells")
             cells_end = end
-            series[number][tuple(labelvalues)] = SeriesRecord(number, tuple(labelvalues), first)
+            series[number][tuple(labelvalues)] = SeriesRecord(number, tuple(labelvalues), begin)
         elif what == "family":
             name, type_, help_, unit, labelnames, bounds = rest
             "".join([name, unit, *labelnames]).encode()
-            count_values(type_, bounds)
+            if type_ not in KINDS:
+                raise ValueError(type_)
             number = len(families)
             families.append(FamilyRecord(number, name, type_, help_, unit, tuple(labelnames), tuple(bounds), ""))
             living[name], series[number] = number, {}

@@ -45,7 +45,7 @@ def page(request: HttpRequest) -> HttpResponse:
     """Show staff what the workers of this machine do now."""
     if not hasattr(request, "user"):
         text = (
-            "This page is for staff, and this site cannot tell who that is: django.contrib.auth and its "
+            "This page is for staff, but this site cannot identify users: django.contrib.auth and its "
             "AuthenticationMiddleware are not installed. Each worker has such a page on its own port.\n"
         )
         return HttpResponse(text, "text/plain", 403)

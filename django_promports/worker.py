@@ -21,12 +21,9 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, wraps
-from itertools import takewhile
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -36,17 +33,13 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 
 from django_promports import greenlets, ports, presence
-from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
-from django_promports.claim import Holder, Terms
+from django_promports.claim import Holder
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, survey
 from django_promports.endpoint import Endpoint
 from django_promports.loop import READ, Steps
-from django_promports.own import own_metrics
-from django_promports.probe import APPLICATION
-from django_promports.scrape.exposition import Exposition
+from django_promports.serving import make_endpoint, read_first_key, read_terms
 
 logger = logging.getLogger("django_promports")
 
@@ -95,14 +88,14 @@ def _on_handler() -> None:
         if uwsgi is not None and uwsgi.worker_id() == 0:
             _await_uwsgi_fork(uwsgi)
         else:
-            presence.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
+            presence.relieve_parent(read_first_key(), STEP_DOWN_SECONDS)
             _claim()
     except Exception:
         logger.exception("This process (pid %s) claims no metrics port before its first request.", os.getpid())
 
 
 def _is_inside_command() -> bool:
-    """Whether a management command runs in this process, in any thread: runserver loads the site in its second."""
+    """Whether a management command runs in this process, in any thread: runserver loads the site in a second one."""
     for frame in sys._current_frames().values():
         caller: FrameType | None = frame
         while caller is not None:
@@ -165,7 +158,7 @@ def _on_request(sender: Any = None, **kwargs: Any) -> None:
     request_started.disconnect(dispatch_uid="django_promports")
     if _process.port is None:  # forked by multiprocessing, for example
         try:
-            presence.relieve_parent(_read_first_key(), STEP_DOWN_SECONDS)
+            presence.relieve_parent(read_first_key(), STEP_DOWN_SECONDS)
         except Exception:
             logger.exception("Could not ask the parent of pid %s to free its port.", os.getpid())
     _become_worker()
@@ -187,7 +180,7 @@ def _claim(*, at_once: bool = True) -> None:
         if not conf.PROMPORTS_ENABLED:
             return
         with process.lock:
-            if process.endpoint is None and not process.is_waiting and _is_usable(process):
+            if process.endpoint is None and not process.waiting_for and _is_usable(process):
                 _arm()
                 process.claim(at_once=at_once)
     except Exception:
@@ -209,68 +202,15 @@ def _is_usable(process: Holder) -> bool:
     return not process.is_broken
 
 
-def _read_terms() -> Terms:
-    return Terms(
-        conf.PROMPORTS_ADDRESS,
-        conf.PROMPORTS_PORT_RANGE,
-        conf.PROMPORTS_LEDGER_DIR,
-        conf.no_ledger_dir,
-        conf.project,
-    )
-
-
 def _make_endpoint(process: Holder, claim: ports.Claim) -> Endpoint:
-    port_range = conf.PROMPORTS_PORT_RANGE
-    endpoint = Endpoint(
-        claim.listener,
-        exposition=Exposition(_binding, created=conf.PROMPORTS_CREATED_SERIES),
-        about=_describe(claim.port),
-        find_targets=find_targets,
-        survey=survey,
-        activity=Activity(_binding.registry, conf.metric_namespace),
-        tls=conf.server_tls(),
-        read_token=conf.read_token,
-        read_keys=conf.read_keys,
-        host=conf.PROMPORTS_TARGET_HOST,
-        claimed_at=process.claimed_at,
-    )
-    own_metrics().port.set(claim.port)
-    own_metrics().waiting.set_function(lambda: presence.count_waiting(port_range))
-    if not process.is_worker and (listener := presence.open_step_down(_read_first_key())):
-        endpoint.hold(partial(_await_child, process, listener), listener)
+    endpoint, process.heir = make_endpoint(claim, _binding, claimed_at=process.claimed_at)
+    if not process.is_worker and (listener := presence.open_step_down(read_first_key())):
+        endpoint.run(lambda loop: _await_child(process, listener), listener)
     return endpoint
 
 
-def _read_first_key() -> bytes:
-    """Return the first of the site's keys; empty if it has none, or if a wrong setting makes them unreadable."""
-    try:
-        return next(conf.read_keys(), b"")
-    except Exception:  # the claim logs what is wrong
-        return b""
-
-
-def _describe(claimed: int) -> Any:
-    about = {
-        "application": APPLICATION,
-        "project": conf.project,
-        "pid": os.getpid(),
-        "port": claimed,
-        "command": _command(),
-    }
-    began = time.monotonic()
-    return lambda: {**about, "uptime_seconds": round(time.monotonic() - began, 3)}
-
-
-def _command() -> str:
-    """Return the command line up to its first option: what follows may be a secret."""
-    program, *words = sys.argv or [sys.executable]
-    path = Path(program)
-    name = path.parent.name if path.name == "__main__.py" else path.name  # python -m gunicorn
-    return " ".join([name, *takewhile(lambda word: not word.startswith("-"), words)])
-
-
 _binding = Binding()
-_process = Holder(_binding, _read_terms, _make_endpoint)
+_process = Holder(_binding, read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
@@ -285,7 +225,7 @@ _uwsgi_carried: int | None = None
 def _begin_process() -> Holder:
     """Give this forked or patched process a Holder with locks of its own, and return the former one."""
     global _process
-    parent, _process = _process, Holder(_binding, _read_terms, _make_endpoint)
+    parent, _process = _process, Holder(_binding, read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
     return parent
 
@@ -361,6 +301,8 @@ def _after_fork_in_child() -> None:
     _process.is_worker = _keeps_port
     try:
         _binding.begin_in_child(keep=not _keeps_port)
+        if parent.heir is not None:
+            parent.heir.close_ledgers()
         if parent.endpoint is not None:
             parent.endpoint.abandon()
         if parent.waiting_sign is not None:
@@ -453,7 +395,7 @@ def _before_patch() -> None:
 def _after_patch() -> None:
     """Claim again, usually the same port, with the threads and locks that there are now."""
     former = _begin_process()
-    _process.is_worker, _process.is_waiting = former.is_worker, former.is_waiting
+    _process.is_worker, _process.waiting_for = former.is_worker, former.waiting_for
     if _was_serving:
         _claim()
     elif _was_retrying:

@@ -23,6 +23,7 @@ from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.loop import Loop, Steps
 from django_promports.page.overview import Overview
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from tests.servers import ROOT
 
@@ -64,17 +65,16 @@ def endpoint(
     """Serve an endpoint on the lowest free port: of this site, unless another project or other keys are given."""
     claim = ports.claim("127.0.0.1", range_)
     described = {"application": "django_promports", "project": project or conf.project, **about}
-    served = Endpoint(
-        claim.listener,
+    routes = Routes(
         about=lambda: described,
         find_targets=_find_none,
         survey=survey_nothing,
         exposition=Exposition(Binding(registry or CollectorRegistry())),
         activity=Activity(registry or CollectorRegistry()),
-        tls=tls,
         read_token=lambda: token,
         read_keys=conf.read_keys if keys is None else lambda: keys,
     )
+    served = Endpoint(claim.listener, routes, tls=tls)
     served.start()
     try:
         yield claim.port

@@ -22,13 +22,14 @@ from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from django_promports.claim import SETTLED_SECONDS
 from django_promports.reading import is_sealed
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # Generous: only a broken program should reach a deadline, not a slow one.
 SECONDS = 30.0
+# granian's --workers-kill-timeout and its siblings leave this to it: what it takes for a start that has failed.
+START_SECONDS = 5.0
 
 
 class Child:
@@ -129,8 +130,12 @@ class Site:
         return {port: about for port in self.ports if (about := describe(port, self.token))}
 
     def live(self) -> dict[int, int]:
-        """Return the pid of each live port."""
-        return {port: about["pid"] for port, about in self.abouts().items()}
+        """Return the pid of each worker by its port."""
+        return {port: about["pid"] for port, about in self.abouts().items() if about.get("role") != "heir"}
+
+    def heirs(self) -> dict[int, int]:
+        """Return the pid of the heir of each port that has one."""
+        return {port: about["pid"] for port, about in self.abouts().items() if about.get("role") == "heir"}
 
     def wait_for_workers(self, count: int = 4) -> dict[int, int]:
         return self.child.wait_until(
@@ -138,11 +143,11 @@ class Site:
         )
 
     def wait_until_settled(self, count: int) -> dict[int, int]:
-        """Wait until the start is complete: granian treats a worker that is killed early as one that cannot start."""
+        """Wait until no worker is young: granian stops if one ends while it is young."""
 
         def settled() -> dict[int, int]:
             abouts = self.abouts()
-            young = any(about["uptime_seconds"] <= SETTLED_SECONDS for about in abouts.values())
+            young = any(about["uptime_seconds"] <= START_SECONDS for about in abouts.values())
             return {} if young or len(abouts) != count else {port: about["pid"] for port, about in abouts.items()}
 
         return self.child.wait_until(settled, f"{count} workers have settled")
@@ -155,7 +160,7 @@ class Site:
         )
 
     def total(self, sample: str = "django_http_requests_before_middlewares_total") -> float:
-        return sum(scrape(port)[sample] for port in self.live())
+        return sum(scrape(port).get(sample, 0) for port in self.abouts())
 
 
 @contextlib.contextmanager
@@ -182,10 +187,20 @@ def gunicorn(
     tmp_path: Path, ports: Sequence[int], *options: str, workers: int = 4, range_: str = "", **env: str
 ) -> contextlib.AbstractContextManager[Site]:
     """Run gunicorn on the demo site."""
-    words = [sys.executable, "-m", "gunicorn", "-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
+    # The script: after SIGUSR2, gunicorn cannot run what `python -m` ran, as its own `http` would hide Python's.
+    words = [sys.executable, str(Path(sys.executable).with_name("gunicorn"))]
+    words += ["-c", "demo_site/gunicorn.conf.py", "--no-control-socket"]
     # A worker that is just being forked misses the SIGTERM that gunicorn sends it, and is killed after this time.
     words += ["-b", "127.0.0.1:{port}", "-w", str(workers), "--graceful-timeout", "15", *options]
     return serving(tmp_path, ports, *words, range_=range_, **env)
+
+
+def runserver(
+    tmp_path: Path, ports: Sequence[int], *options: str, **env: str
+) -> contextlib.AbstractContextManager[Site]:
+    """Run Django's development server on the demo site."""
+    words = [sys.executable, "manage.py", "runserver", "127.0.0.1:{port}", *options]
+    return serving(tmp_path, ports, *words, **{"DEMO_DEBUG": "1", **env})
 
 
 def database(tmp_path: Path) -> Path:
@@ -335,9 +350,14 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(
-    program: str, folder: Path, port: int, config: str | None = None, change_rules: Callable[[str], str] = str
+    program: str,
+    folder: Path,
+    port: int,
+    config: str | None = None,
+    change_rules: Callable[[str], str] = str,
+    seconds: int = 1,
 ) -> Iterator[Prometheus]:
-    """Run Prometheus with the project's configuration and rules, or others, but with intervals of one second."""
+    """Run Prometheus with the project's configuration and rules, or others, but with intervals of so many seconds."""
     (folder / "targets").mkdir()
     (folder / "rules").mkdir()
     for path in (ROOT / "prometheus/rules").iterdir():
@@ -345,7 +365,7 @@ def prometheus(
     if config is None:
         config = (ROOT / "prometheus/prometheus.yml").read_text()
     assert "_interval: 5s" in config
-    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", "_interval: 1s"))
+    (folder / "prometheus.yml").write_text(config.replace("_interval: 5s", f"_interval: {seconds}s"))
     arguments = [
         program,
         f"--config.file={folder}/prometheus.yml",

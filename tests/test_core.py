@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from django_promports.ledger import Ledger
+from tests.commands import run_python
 from tests.servers import ROOT
 
 # Modules that read the settings, implement Django's hooks, or are commands.
-DJANGO_FACE = {"apps", "checks", "conf", "discovery", "urls", "views", "worker"}
+DJANGO_FACE = {"apps", "checks", "conf", "discovery", "serving", "urls", "views", "worker"}
 WITHOUT_DJANGO = """
 import sys
 
@@ -35,6 +34,7 @@ for module in modules:
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.ledger import Ledger
 from django_promports.binding import Binding
@@ -45,14 +45,14 @@ def serve(count):
     binding = Binding(registry)
     binding.open(Ledger(Path(folder, f"{claim.port}.ledger"), "a site"))
     Counter("pieces", "Work done.", ["who"], registry=registry).labels("me").inc(count)
-    endpoint = Endpoint(
-        claim.listener,
+    routes = Routes(
         about=lambda: {},
         find_targets=lambda loop: iter(()),
         survey=lambda loop: iter(()),
         exposition=Exposition(binding),
         activity=Activity(registry),
     )
+    endpoint = Endpoint(claim.listener, routes)
     endpoint.start()
     with urllib.request.urlopen(f"http://127.0.0.1:{claim.port}/metrics") as response:
         lines = response.read().decode().splitlines()
@@ -75,28 +75,14 @@ def test_the_core_counts_renders_and_serves_a_registry_where_django_cannot_be_im
     names = {".".join(path.relative_to(package).with_suffix("").parts) for path in files}
     core = sorted(name for name in names if name not in {*DJANGO_FACE, "__init__"} and not name.endswith("__init__"))
 
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DJANGO + SERVE, tmp_path, str(free_ports[0]), str(free_ports[-1]), *core],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(WITHOUT_DJANGO + SERVE, str(tmp_path), str(free_ports[0]), str(free_ports[-1]), *core)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ['pieces_total{who="me"} 3.0', 'pieces_total{who="me"} 7.0']
 
 
 def test_what_needs_django_says_so_when_it_is_missing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{WITHOUT_DJANGO}\nimport django_promports\ndjango_promports.start()"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(f"{WITHOUT_DJANGO}\nimport django_promports\ndjango_promports.start()")
 
     assert "ModuleNotFoundError: No module named 'django" in done.stderr
 
@@ -110,7 +96,7 @@ from django_promports.ledger import Ledger
 
 ledger = Ledger(Path(sys.argv[1]), "a site")
 for family in ledger.families.values():
-    print(family.type, len(family.read(family.series.values())) // 8)
+    print(family.record.type, len(family.read(family.series.values())) // 8)
 ledger.close()
 """
 
@@ -122,9 +108,7 @@ def test_a_ledger_is_read_where_prometheus_client_cannot_be_imported(tmp_path: P
         ledger.add_series(ledger.add_family(type_, type_, "", "", (), bounds), (), 1.0)
     ledger.close()
 
-    done = subprocess.run(
-        [sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_python(READ, str(path))
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["counter 1", "summary 2", "histogram 3"]

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from django_promports import endpoint as endpoint_module
+from django_promports import routes as routes_module
 from django_promports import thread as thread_module
 from django_promports.activity import Activity
 from django_promports.binding import Binding
@@ -35,9 +36,10 @@ from django_promports.loop import Loop, Steps
 from django_promports.own import own_metrics
 from django_promports.ports import claim
 from django_promports.probe import count_samples
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
-from tests.commands import survey_nothing
-from tests.servers import ROOT, SECONDS, wait_until
+from tests.commands import run_python, survey_nothing
+from tests.servers import SECONDS, wait_until
 from tests.test_activity import count_requests
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
@@ -84,12 +86,14 @@ def registry() -> CollectorRegistry:
 def serve(free_ports: range, registry: CollectorRegistry) -> Iterator[Callable[..., Served]]:
     with contextlib.ExitStack() as stack:
 
-        def start(client_tls: ssl.SSLContext | None = None, **options: Any) -> Served:
+        def start(
+            client_tls: ssl.SSLContext | None = None, tls: ssl.SSLContext | None = None, **options: Any
+        ) -> Served:
             claimed = claim("127.0.0.1", free_ports)
             about = {"port": claimed.port, "pid": "<1>"}
             options = {"about": lambda: about, "find_targets": find_targets, "survey": survey_nothing} | options
-            exposition, activity = Exposition(Binding(registry)), Activity(registry)
-            endpoint = Endpoint(claimed.listener, exposition=exposition, activity=activity, **options)
+            options.setdefault("exposition", Exposition(Binding(registry)))
+            endpoint = Endpoint(claimed.listener, Routes(activity=Activity(registry), **options), tls=tls)
             endpoint.start()
             stack.callback(endpoint.stop)
             return Served(endpoint, claimed.port, client_tls)
@@ -156,7 +160,7 @@ def test_the_page_says_what_this_is_to_a_person_and_to_a_program(serve: Callable
     assert b'href="/targets"' in page
     assert b"&lt;1&gt;" in page
     assert data_headers["Content-Type"] == "application/json"
-    assert json.loads(data) == {"port": served.port, "pid": "<1>"}
+    assert json.loads(data) == {"port": served.port, "pid": "<1>", "scrapes": {"count": 0}}
 
 
 def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
@@ -178,29 +182,37 @@ def test_a_program_is_told_of_series_and_activity_where_it_asks_for_them(
 def test_an_exposition_that_takes_long_does_not_hold_up_the_page(
     serve: Callable[..., Served], registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_module, "COUNT_PATIENCE_SECONDS", 0.1)
-    served = serve()
-    served.endpoint._rendering = True
+    released = threading.Event()
+
+    class Long(Exposition):
+        def render(self, *asked: Any) -> Any:
+            while not released.is_set():
+                yield
+            return (yield from super().render(*asked))
+
+    monkeypatch.setattr(routes_module, "COUNT_PATIENCE_SECONDS", 0.1)
+    exposition = Long(Binding(registry))
+    served = serve(exposition=exposition)
 
     told = json.loads(served.ask("/?activity", Accept="application/json")[2])
 
     assert told["series"] is None
-    served.endpoint._rendering = False
-    wait_until(lambda: served.endpoint._exposition.series, "the series are counted after all")
+    released.set()
+    wait_until(lambda: exposition.series, "the series are counted after all")
 
 
 def test_targets_are_found_once_for_all_who_ask_meanwhile(serve: Callable[..., Served]) -> None:
     found = []
-    asked = threading.Event()
+    asked: list[int] = []
 
     def find(loop: Loop) -> Steps[bytes]:
-        asked.set()
         found.append(1)
-        while len(loop._shared["/targets"].joiners) < 5:
+        while len(asked) < 5:
             yield from loop.give_way()
         return b'[{"targets": []}]'
 
-    served = serve(find_targets=find)
+    # The token is read in the step in which a request joins the others.
+    served = serve(find_targets=find, read_token=lambda: asked.append(1))
     answers: list[bytes] = []
     crowd = [threading.Thread(target=lambda: answers.append(served.ask("/targets")[2])) for _ in range(5)]
     for thread in crowd:
@@ -658,7 +670,7 @@ def test_a_thread_that_cannot_live_does_not_spin(
     served = serve()
     # A selector that always fails is beyond what a test can bring about.
     monkeypatch.setattr(Loop, "turn", turn)
-    served.endpoint._loop.wake()
+    served.connect().close()
     wait_until(lambda: len(turns) > 3, "it was tried a few times")
     spent = time.process_time()
     time.sleep(1)
@@ -684,12 +696,13 @@ from prometheus_client import REGISTRY
 from django_promports import ports
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.binding import Binding
 claim = ports.claim("127.0.0.1", [int(__import__("sys").argv[1])])
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
 parts = {"exposition": exposition, "activity": activity}
-endpoint = Endpoint(claim.listener, about=dict, find_targets=None, survey=None, **parts)
+endpoint = Endpoint(claim.listener, Routes(about=dict, find_targets=None, survey=None, **parts))
 endpoint.start()
 url = f"http://127.0.0.1:{claim.port}/metrics"
 for _ in range(3):
@@ -704,14 +717,7 @@ print("DONE")
 """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(port)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, str(port), PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "DONE", done.stderr
     assert done.stderr.count("promports-endpoint ended (GreenletExit)") == 1
@@ -804,6 +810,7 @@ import os, resource, socket, urllib.request
 from prometheus_client import REGISTRY
 from django_promports.activity import Activity
 from django_promports.endpoint import Endpoint
+from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
 from django_promports.binding import Binding
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -811,7 +818,8 @@ listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
 listener.setblocking(False)
 exposition, activity = Exposition(Binding()), Activity(REGISTRY)
-Endpoint(listener, about=dict, find_targets=None, survey=None, exposition=exposition, activity=activity).start()
+parts = {"exposition": exposition, "activity": activity}
+Endpoint(listener, Routes(about=dict, find_targets=None, survey=None, **parts)).start()
 url = f"http://127.0.0.1:{port}/metrics"
 client = socket.create_connection(("127.0.0.1", port))
 urllib.request.urlopen(url, timeout=10).close()    # so client was accepted
@@ -829,14 +837,7 @@ for descriptor in held:
     os.close(descriptor)
 print(urllib.request.urlopen(url, timeout=10).status)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(script, PYTHONWARNINGS="ignore")
 
     assert done.stdout.strip() == "200", done.stderr
 

@@ -656,7 +656,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
     assert [[target.rpartition(":")[2], *cells] for target, *cells in report] == [
         [str(free_ports[0]), "live", "pid 1"],
         [str(free_ports[1]), "other", "another program has the port"],
-        [str(free_ports[2]), "other", "it answers garbage"],
+        [str(free_ports[2]), "other", "its answer is malformed"],
         [str(free_ports[3]), "silent", "no answer in 2 s"],
         [str(free_ports[4]), "other", "it is the endpoint of another site, 'another'"],
         [str(free_ports[5]), "other", f"the endpoint answers '401 Unauthorized': {REFUSALS['key']}"],

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.servers import ROOT
+from tests.commands import run_python
 
 PROCESS = """
 import logging, os, signal, sys, threading, warnings
@@ -119,15 +115,7 @@ def test_a_fork_does_not_warn_of_threads_of_ours(kind: str, free_ports: range) -
 
 
 def _run(script: str, kind: str, ports: range) -> list[str]:
-    env = {"DJANGO_SETTINGS_MODULE": "demo_site.settings", "DEMO_PORT_RANGE": f"{ports[0]}-{ports[-1]}"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, kind],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,  # seconds; it takes half a minute on an idle machine
-        check=False,
-    )
+    # It takes half a minute on an idle machine.
+    done = run_python(script, kind, seconds=300, DEMO_PORT_RANGE=f"{ports[0]}-{ports[-1]}")
     assert done.returncode == 0, done.stderr[-10000:]
     return done.stdout.split()

@@ -14,7 +14,7 @@ import pytest
 from tests.minimal import write_site
 from tests.servers import ROOT
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.once
 
 README = (ROOT / "README.md").read_text()
 # The oldest Python that Django 6.1 supports, and the interpreters that may be it.

@@ -30,10 +30,9 @@ from django_promports.layout import (
     HEADER,
     LAYOUT,
     MAGIC,
+    SCRAPED_AT,
     SEAL_AT,
-    SETTLED_AT,
     SLOT,
-    STATE,
     VERSION,
     WORD,
     Layout,
@@ -96,16 +95,16 @@ def count(ledger: Ledger, family: Family, labelvalues: tuple[str, ...], *amounts
     first = family.series.get(labelvalues)
     if first is None:
         first = ledger.add_series(family, labelvalues, 1.5)
-    for cell, amount in enumerate(amounts or (1.0,), first + STATE):
+    for cell, amount in enumerate(amounts or (1.0,), first):
         ledger.cells[cell] += amount
 
 
 def read(ledger: Ledger) -> Counts:
     """Return created time and values of every series."""
     return {
-        (family.name, labelvalues): [
-            ledger.cells[first],
-            *ledger.cells[first + STATE : first + STATE + family.width].tolist(),
+        (family.record.name, labelvalues): [
+            *family.read_created([first]),
+            *ledger.cells[first : first + family.width].tolist(),
         ]
         for family in ledger.families.values()
         for labelvalues, first in family.series.items()
@@ -143,21 +142,15 @@ def test_the_next_holder_goes_on_counting(seal: bool, path: Path, caplog: pytest
         counted = fill(ledger)
 
     with opened(path, seal=seal) as ledger:
-        found, families = (
-            read(ledger),
-            [
-                (family.number, family.name, family.type, family.help, family.unit, family.labelnames, family.bounds)
-                for family in ledger.families.values()
-            ],
-        )
+        found, families = read(ledger), [family.record for family in ledger.families.values()]
         count(ledger, ledger.families["apples"], ("kind 1",), 10)
         count(ledger, ledger.families["apples"], ("new",), 1)
 
     assert found == counted
     assert families == [
-        (0, "apples", "counter", "Apples eaten.", "", ("kind",), ()),
-        (1, "sizes_bytes", "summary", 'Of "pears"\n.', "bytes", (), ()),
-        (2, "seconds", "histogram", "Sek\u00fcndchen.", "", ("a", "b"), ("0.5", "1.0", "+Inf")),
+        (0, "apples", "counter", "Apples eaten.", "", ("kind",), (), ""),
+        (1, "sizes_bytes", "summary", 'Of "pears"\n.', "bytes", (), (), ""),
+        (2, "seconds", "histogram", "Sek\u00fcndchen.", "", ("a", "b"), ("0.5", "1.0", "+Inf"), ""),
     ]
     with opened(path) as ledger:
         assert read(ledger) == counted | {
@@ -186,7 +179,7 @@ def test_a_descriptor_of_a_ledger_is_not_inherited_by_programs(path: Path) -> No
 KILL = """
 import mmap, os, random, signal, sys, time
 from pathlib import Path
-from django_promports.ledger import STATE, Ledger
+from django_promports.ledger import Ledger
 
 path, rounds, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
 shared = memoryview(mmap.mmap(-1, 8 * 200_000)).cast("Q")
@@ -206,8 +199,8 @@ def write():
         if first is None:
             first = ledger.add_series(family, labels, 1.0)
         for _ in range(5):
-            ledger.cells[first + STATE + 1] += 1.0
-            shared[COUNTS + number] = int(ledger.cells[first + STATE + 1])
+            ledger.cells[first + 1] += 1.0
+            shared[COUNTS + number] = int(ledger.cells[first + 1])
         shared[MADE] = number + 1
         if number - shared[FORGOTTEN] > 40:
             ledger.forget(family, (str(shared[FORGOTTEN]), PAD))
@@ -225,9 +218,9 @@ for round in range(rounds):
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), f"round {round}: the writer failed"
     ledger, family = open_family()
-    values = {int(labels[0]): ledger.cells[first + STATE + 1] for labels, first in family.series.items()}
+    values = {int(labels[0]): ledger.cells[first + 1] for labels, first in family.series.items()}
     made, forgotten = shared[MADE], shared[FORGOTTEN]
-    assert all(ledger.cells[first] == 1.0 for first in family.series.values()), round
+    assert set(family.read_created(family.series.values())) <= {1.0}, round
     assert set(values) <= set(range(forgotten, made + 1)), (round, forgotten, made, sorted(values))
     for number in range(forgotten, made + 1):
         if number not in values:
@@ -258,7 +251,7 @@ RACE = """
 import os, random, sys, time
 from pathlib import Path
 from django_promports import ports
-from django_promports.ledger import STATE, Ledger, LedgerLocked
+from django_promports.ledger import Ledger, LedgerLocked
 
 folder, first_port, end_port, processes, claims = Path(sys.argv[1]), *map(int, sys.argv[2:])
 deadline = time.monotonic() + 50
@@ -268,10 +261,10 @@ def hold(path):
     family = ledger.add_family("events", "counter", "Events.", "", (), ())
     first = family.series[()] if family.series else ledger.add_series(family, (), 1.0)
     for _ in range(5):
-        value = ledger.cells[first + STATE]
+        value = ledger.cells[first]
         if random.random() < 0.1:
             time.sleep(0)    # another process's turn, in the middle of an increment
-        ledger.cells[first + STATE] = value + 1
+        ledger.cells[first] = value + 1
     ledger.close(seal=random.random() < 0.5)
 
 def work():
@@ -309,7 +302,7 @@ for pid in pids:
 total = 0
 for path in folder.glob("*.ledger"):
     ledger = Ledger(path, "site")
-    total += ledger.cells[ledger.families["events"].series[()] + STATE]
+    total += ledger.cells[ledger.families["events"].series[()]]
     ledger.close()
 print(int(total))
 """
@@ -620,7 +613,7 @@ def test_space_is_reserved_where_nothing_was_counted(path: Path, monkeypatch: py
 CROWDED = """
 import mmap, os, sys
 from pathlib import Path
-from django_promports.ledger import STATE, Ledger, LedgerFull
+from django_promports.ledger import Ledger, LedgerFull
 
 folder = Path(sys.argv[1])
 space = os.statvfs(folder)
@@ -628,7 +621,7 @@ total = space.f_bavail * space.f_frsize
 
 def values(ledger):
     return {
-        (family.name, labels): ledger.cells[first + STATE]
+        (family.record.name, labels): ledger.cells[first]
         for family in ledger.families.values() for labels, first in family.series.items()
     }
 
@@ -650,12 +643,12 @@ for pages in [*range(40), 60, 80, 120]:
         try:
             family = ledger.add_family("events", "counter", "Events.", "", ("number",), ())
             for labels in list(family.series)[: len(family.series) // 2]:    # the next one has to renew the file
-                back["events", labels] = ledger.cells[family.series[labels] + STATE]    # if there is no room for that
+                back["events", labels] = ledger.cells[family.series[labels]]    # if there is no room for that
                 ledger.forget(family, labels)
                 back = {}
             for number in range(10_000):
                 name = f"{attempt} {number}"
-                ledger.cells[ledger.add_series(family, (name,), 1.0) + STATE] = number
+                ledger.cells[ledger.add_series(family, (name,), 1.0)] = number
         except LedgerFull:
             pass
         counted = values(ledger) | back
@@ -709,7 +702,7 @@ def _skip_a_day(path: Path, clock: Clock, *, scrape: bool = True) -> None:
     with opened(path) as ledger:
         clock.now += HOUR
         if scrape:
-            ledger.note_scrape()
+            ledger.note_scrape(clock.now)
     clock.now += 25 * HOUR
 
 
@@ -734,7 +727,7 @@ def test_a_series_that_is_touched_now_and_then_stays(path: Path, clock: Clock) -
         with opened(path) as ledger:
             count(ledger, add_counter(ledger), ("daily",), 1)
             clock.now += 30 * HOUR
-            ledger.note_scrape()
+            ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("daily",)): [1.5, 10.0]}
@@ -750,7 +743,7 @@ def test_observations_that_sum_up_to_nothing_are_activity(
             amounts = (1.0, -1.0) if type_ == "summary" else (-1.0, 1.0)  # observe(-1)
             count(ledger, family, (), *amounts)
             clock.now += 30 * HOUR
-            ledger.note_scrape()
+            ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert [max(values[1:]) for values in read(ledger).values()] == [4.0]
@@ -764,7 +757,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
         pass
     clock.now += hours * HOUR
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(clock.now)
 
     with opened(path) as ledger:
         assert read(ledger) == {("apples", ("x",)): [1.5, 1.0]}
@@ -772,7 +765,7 @@ def test_a_series_that_was_touched_lately_stays(hours: float, path: Path, clock:
 
 def test_a_series_that_was_not_scraped_since_stays(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(clock.now)
         count(ledger, add_counter(ledger), ("x",))
     for _ in range(3):
         _skip_a_day(path, clock, scrape=False)
@@ -788,7 +781,7 @@ def test_the_time_of_the_scrape_survives_a_renewal(path: Path, clock: Clock) -> 
         count(ledger, apples, ("forgotten",))
     with opened(path) as ledger:
         clock.now += HOUR
-        ledger.note_scrape()
+        ledger.note_scrape(clock.now)
         ledger.forget(ledger.families["apples"], ("forgotten",))
     inode = path.stat().st_ino
     with opened(path):
@@ -807,7 +800,7 @@ def test_a_file_stays_small_under_changing_labels(path: Path, clock: Clock) -> N
             for number in range(50):
                 count(ledger, family, (f"/{'x' * 200}/{day}/{number}",), 1, 1, 1)
             count(ledger, family, ("always",), 1, 1, 0)
-            ledger.note_scrape()
+            ledger.note_scrape(clock.now)
         clock.now += 25 * HOUR
         sizes.append(path.stat().st_blocks * 512)
 
@@ -827,7 +820,7 @@ def test_a_file_stays_small_though_a_series_comes_and_goes(how: str, path: Path,
                 count(ledger, apples, ("x" * 2000,))
             elif how == "forgotten":
                 ledger.forget(apples, ("x" * 2000,))
-            ledger.note_scrape()
+            ledger.note_scrape(clock.now)
         clock.now += 25 * HOUR
 
     assert path.stat().st_blocks * 512 < 250_000  # 450 / 3 records of 2000 bytes would be more
@@ -927,8 +920,8 @@ def test_the_file_system_of_a_path_is_found(path: str, type_: str) -> None:
 
 def test_scraped_is_kept_where_the_format_says(path: Path, clock: Clock) -> None:
     with opened(path) as ledger:
-        ledger.note_scrape()
+        ledger.note_scrape(clock.now)
 
     with path.open("rb") as file:
-        file.seek(SETTLED_AT)
+        file.seek(SCRAPED_AT)
         assert struct.unpack("=d", file.read(8)) == (clock.now,)

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from django_promports import ledger as ledger_module
 from django_promports import space, storage
 from django_promports.binding import Binding
-from django_promports.layout import CELLS_AT, STATE, Layout, LedgerDamaged, hash_site
+from django_promports.layout import CELLS_AT, Layout, LedgerDamaged, hash_site
 from django_promports.ledger import Ledger, LedgerFull
-from django_promports.reading import Reader, is_sealed, read_opening
+from django_promports.reading import Reader, is_sealed, read_status
 from tests.commands import run_python
-from tests.data.ledgers.freeze import thaw
+from tests.data.ledgers.freeze import describe, describe_rows, thaw
 
 DATA = Path(__file__).parent / "data" / "ledgers"
 SMALL = Layout(size=CELLS_AT + 8 * 512 + 8192, cells=512)
@@ -101,7 +101,7 @@ def read_with_reader(path: Path) -> Values:
 
 def read_ledger(ledger: Ledger) -> Values:
     return {
-        (name, labels): [ledger.cells[first], *ledger.cells[first + STATE : first + STATE + family.width]]
+        (name, labels): [*family.read_created([first]), *ledger.cells[first : first + family.width]]
         for name, family in ledger.families.items()
         for labels, first in family.series.items()
     }
@@ -172,7 +172,7 @@ class Doer:
                     self.expected[name, labels] = [2.0 + number] + [0.0] * family.width
         elif what == "count" and family is not None and labels in family.series:
             for cell in range(family.width):
-                self.ledger.cells[family.series[labels] + STATE + cell] += cell + 1
+                self.ledger.cells[family.series[labels] + cell] += cell + 1
                 self.expected[name, labels][1 + cell] += cell + 1
         elif what == "forget" and family is not None:
             self.ledger.forget(family, labels)
@@ -331,26 +331,6 @@ def thawed(path: Path) -> Any:
     return thaw_to
 
 
-def _describe(ledger: Ledger) -> dict[str, Any]:
-    return {
-        name: {
-            "family": [
-                family.type,
-                family.help,
-                family.unit,
-                list(family.labelnames),
-                list(family.bounds),
-                family.mode,
-            ],
-            "series": sorted(
-                [list(labels), list(ledger.cells[first : first + STATE + family.width])]
-                for labels, first in family.series.items()
-            ),
-        }
-        for name, family in ledger.families.items()
-    }
-
-
 def _without_activity(families: dict[str, Any]) -> dict[str, Any]:
     """Leave out when a series was touched, of those that the last holder touched: the next one notes that."""
     for family in families.values():
@@ -378,8 +358,8 @@ def test_a_frozen_file_is_continued_with_every_number(
 
     ledger = Ledger(path, "site")
 
-    assert _without_activity(_describe(ledger)) == _without_activity(held["families"])
-    assert ledger.settled_at == held["settled_at"]
+    assert _without_activity(describe_rows(ledger)) == _without_activity(held["families"])
+    assert ledger.scraped_at == held["settled_at"]
     ledger.close()
     assert not caplog.records
     assert read_by_the_page(path) == read_with_reader(path)
@@ -400,25 +380,12 @@ def test_a_reader_reads_a_frozen_file_and_leaves_it_alone(version: str, ending: 
     reader.close()
 
     assert reading is not None
-    assert reading.site == hash_site("site")
-    assert (reading.settled_at, reading.opened_at) == (held["settled_at"], held["opened_at"])
-    assert read_opening(path) == held["opened_at"]
-    assert reading.is_sealed is is_sealed(path) is (ending == "closed")
-    assert (reading.holder.pid > 0) is (version == "version-3")
-    assert {
-        name: {
-            "family": [
-                record.type,
-                record.help,
-                record.unit,
-                list(record.labelnames),
-                list(record.bounds),
-                record.mode,
-            ],
-            "series": sorted([list(labels), values] for labels, values in series.items()),
-        }
-        for name, (record, series) in reading.families.items()
-    } == {
+    assert reading.status.site == hash_site("site")
+    assert (reading.status.scraped_at, reading.status.opened_at) == (held["settled_at"], held["opened_at"])
+    assert read_status(path) == reading.status
+    assert reading.status.is_sealed is is_sealed(path) is (ending == "closed")
+    assert (reading.status.holder.pid > 0) is (version == "version-3")
+    assert describe(reading.families) == {
         name: {
             "family": family["family"],
             "series": [[labels, [cells[0], *cells[3:]]] for labels, cells in family["series"]],
@@ -508,7 +475,7 @@ def test_a_kill_during_the_conversion_leaves_the_old_file_or_the_new_one(thawed:
         assert read_with_reader(path) == expected, lines
         ledger = Ledger(path, "site")
         assert read_ledger(ledger) == expected, lines
-        assert ledger.settled_at == held["settled_at"]
+        assert ledger.scraped_at == held["settled_at"]
         ledger.close()
         assert os.listdir(path.parent) == [path.name]
     assert versions == {2, 3}
@@ -521,21 +488,21 @@ def test_the_holder_is_known_to_readers(path: Path) -> None:
     ledger.close()
 
     assert reading is not None
-    assert reading.holder.pid == os.getpid()
+    assert reading.status.holder.pid == os.getpid()
     if sys.platform == "linux":
-        assert reading.holder.started == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        assert reading.holder.namespace == os.stat("/proc/self/ns/pid").st_ino
-    assert not reading.is_sealed
+        assert reading.status.holder.started == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        assert reading.status.holder.namespace == os.stat("/proc/self/ns/pid").st_ino
+    assert not reading.status.is_sealed
     reading = reader.read()
     reader.close()
     assert reading is not None
-    assert reading.is_sealed
+    assert reading.status.is_sealed
 
 
 def test_a_gauge_has_a_cell_and_its_mode_and_ends_with_its_process(path: Path) -> None:
     ledger = Ledger(path, "site")
     family = ledger.add_family("jobs", "gauge", "Jobs.", "", ("x",), (), "livesum")
-    ledger.cells[ledger.add_series(family, ("a",), 1.0) + STATE] = 7.0
+    ledger.cells[ledger.add_series(family, ("a",), 1.0)] = 7.0
     reader = Reader(path)
     reading = reader.read()
     ledger.close()
@@ -595,7 +562,7 @@ CHURN = """
 import sys, time
 from pathlib import Path
 from django_promports import storage
-from django_promports.ledger import STATE, Ledger
+from django_promports.ledger import Ledger
 
 path, quarantine = Path(sys.argv[1]), float(sys.argv[2])
 storage.QUARANTINE_SECONDS = quarantine
@@ -609,7 +576,7 @@ while time.monotonic() < end:
     family = ledger.add_family(f"family_{kind}_{number // 3000 % 2}", type_, "", "", ("x",), bounds)
     first = ledger.add_series(family, (f"{number}",), float(number))
     for _ in range(2):
-        for cell in range(first + STATE, first + STATE + family.width):
+        for cell in range(first, first + family.width):
             ledger.cells[cell] += number
     living.append((family, f"{number}"))
     if number % 3000 == 0:
@@ -658,14 +625,14 @@ def test_cells_rest_before_they_are_used_again(path: Path, clock: Clock) -> None
     ledger = Ledger(path, "site", SMALL)
     family = ledger.add_family("apples", "counter", "", "", ("x",), ())
     old = ledger.add_series(family, ("old",), 1.0)
-    ledger.cells[old + STATE] = 5.0
+    ledger.cells[old] = 5.0
     for number in range(20):  # enough for the file to stay when it is opened
         ledger.add_series(family, (f"{number}",), 1.0)
     ledger.forget(family, ("old",))
     for moment, label in ((1000.0, "a"), (1009.9, "b")):
         clock.now = moment
         assert ledger.add_series(family, (label,), 1.0) != old
-        assert ledger.cells[old + STATE] == 5.0
+        assert ledger.cells[old] == 5.0
     ledger.close()
 
     ledger = Ledger(path, "site", SMALL)  # what lies free then may have been forgotten a moment ago
@@ -674,7 +641,7 @@ def test_cells_rest_before_they_are_used_again(path: Path, clock: Clock) -> None
     assert ledger.add_series(family, ("c",), 1.0) != old
     clock.now = 1020.0
     assert ledger.add_series(family, ("d",), 1.0) == old
-    assert ledger.cells[old + STATE] == 0.0
+    assert ledger.cells[old] == 0.0
     ledger.close()
 
 
@@ -692,7 +659,7 @@ def test_labels_that_come_and_go_do_not_fill_a_ledger(path: Path, monkeypatch: p
     family = ledger.add_family("seconds", "histogram", "", "", ("x",), tuple(f"{n}.0" for n in range(15)))
     for number in range(110_375):
         first = ledger.add_series(family, (f"{number}",), 1.0)
-        ledger.cells[first + STATE] += 1
+        ledger.cells[first] += 1
         ledger.forget(family, (f"{number}",))
     ledger.close()
 

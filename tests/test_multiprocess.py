@@ -10,7 +10,7 @@ from tests.commands import run_python
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import send_requests
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.once
 
 # prometheus_client creates a file in the folder for each metric. The only folders in which root cannot create files are
 # those of kernel file systems.

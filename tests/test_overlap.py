@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,24 +185,20 @@ def test_a_ledger_that_is_closed_in_the_middle_leaves_a_valid_scrape(
 
 
 def test_a_scrape_is_noted_in_the_ledger_that_it_showed(tmp_path: Path) -> None:
-    class Noting(Ledger):
-        notes = 0
-
-        def note_scrape(self) -> None:
-            self.notes += 1
-
     process = Process(tmp_path / "1.ledger")
-    other = Noting(tmp_path / "2.ledger", "site")
+    began = time.time()
+    process.binding.note_scrape(began)
+    assert process.binding.ledger is not None
+    assert process.binding.ledger.scraped_at == began
 
-    def change() -> None:
-        process.binding.close()
-        process.binding.open(other)
-
-    fill(process)
-    process.interrupt("", (), 1, change)
-    assert other.notes == 0
-    process.interrupt("", (), -1, list)
-    assert other.notes == 1
+    process.binding.close()
+    other = Ledger(tmp_path / "2.ledger", "site")
+    process.binding.open(other)
+    process.binding.note_scrape(began)
+    assert other.scraped_at == 0
+    began = time.time()
+    process.binding.note_scrape(began)
+    assert other.scraped_at == began
     process.binding.close()
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.commands import run_python
 from tests.minimal import django_admin, write_site
-from tests.servers import ROOT, database, gunicorn, manage, request, running, scrape, send_requests
+from tests.servers import ROOT, database, gunicorn, manage, request, runserver, scrape, send_requests
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.once
 
 MACOS = """
 # The standard library asks for the platform when these are imported, and would look for what only macOS has.
@@ -236,22 +235,14 @@ def test_on_windows_targets_are_exported_and_asked(windows: dict[str, str], free
 def test_on_windows_runserver_serves_the_site_without_ports(
     options: list[str], windows: dict[str, str], free_ports: range, tmp_path: Path
 ) -> None:
-    *metric_ports, site_port = free_ports
-    env = {
-        "DEMO_PORT_RANGE": f"{metric_ports[0]}-{metric_ports[-1]}",
-        "DEMO_DATABASE": str(database(tmp_path)),
-        "DEMO_DEBUG": "1",
-        **windows,
-    }
-    command = [sys.executable, "manage.py", "runserver", f"127.0.0.1:{site_port}", *options]
-    with running(*command, log=tmp_path / "runserver.log", **env) as child:
-        child.wait_until(lambda: request(f"http://127.0.0.1:{site_port}/") == 200, "runserver answers")
+    with runserver(tmp_path, free_ports, *options, **windows) as site:
+        site.child.wait_until(lambda: site.request() == 200, "runserver answers")
 
-        statuses = send_requests(20, lambda _: request(f"http://127.0.0.1:{site_port}/"))
+        statuses = send_requests(20, lambda _: site.request())
 
         assert statuses.count(200) == 20
-        assert not [port for port in metric_ports if request(f"http://127.0.0.1:{port}/", seconds=1)]
-        output = child.output()
+        assert not [port for port in site.ports if request(f"http://127.0.0.1:{port}/", seconds=1)]
+        output = site.child.output()
         assert output.count("(promports.W006) Metrics are served on Unix only") == 1, output
         assert output.count("INFO django_promports Metrics are served on Unix only") <= 1
         assert "ERROR" not in output

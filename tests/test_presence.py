@@ -50,6 +50,14 @@ RELIEVE = (
 )
 
 
+def _find_name(key: bytes) -> bytes:
+    """Return the name of this process's step-down socket."""
+    listener = presence.open_step_down(key)
+    assert listener is not None
+    with listener:
+        return bytes(listener.getsockname())
+
+
 def _relieve(key: bytes, seconds: float) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", RELIEVE, key.hex(), str(seconds)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -76,10 +84,7 @@ def test_a_child_waits_until_its_parent_has_stepped_down() -> None:
 def test_a_stranger_who_listens_under_the_name_of_the_parent_delays_nobody(
     key: bytes, hold: Callable[[str], subprocess.Popen[str]]
 ) -> None:
-    hold(
-        f"name = presence._step_down_name({key!r}, {os.getpid()})\n"
-        "held = socket.socket(socket.AF_UNIX); held.bind(name); held.listen()"
-    )
+    hold(f"held = socket.socket(socket.AF_UNIX); held.bind({_find_name(key)!r}); held.listen()")
 
     with _relieve(key, 600) as child:
         assert child.communicate(timeout=30)[0] == "begun\ndone\n"
@@ -88,7 +93,7 @@ def test_a_stranger_who_listens_under_the_name_of_the_parent_delays_nobody(
 @needs_linux
 def test_a_stranger_whose_queue_is_full_delays_nobody(hold: Callable[[str], subprocess.Popen[str]]) -> None:
     hold(
-        f"name = presence._step_down_name({KEY!r}, {os.getpid()})\n"
+        f"name = {_find_name(KEY)!r}\n"
         "held = socket.socket(socket.AF_UNIX); held.bind(name); held.listen(0)\n"
         "callers = [socket.socket(socket.AF_UNIX) for _ in range(3)]\n"
         "[caller.setblocking(False) for caller in callers]; [caller.connect_ex(name) for caller in callers]"
@@ -103,10 +108,9 @@ def test_who_has_no_key_cannot_know_the_name_and_takes_no_supervisors_place(
     hold: Callable[[str], subprocess.Popen[str]],
 ) -> None:
     hold(
-        "names = [f'\\0django_promports/door/{0}', presence._step_down_name(b'', {0}), "
-        "presence._step_down_name(b'guess', {0})]\n"
+        f"names = [b'\\0django_promports/door/{os.getpid()}', {_find_name(b'')!r}, {_find_name(b'guess')!r}]\n"
         "held = [socket.socket(socket.AF_UNIX) for _ in names]\n"
-        "[sock.bind(name) for sock, name in zip(held, names)]".replace("{0}", str(os.getpid()))
+        "[sock.bind(name) for sock, name in zip(held, names)]"
     )
 
     listener = presence.open_step_down(KEY)

@@ -18,7 +18,7 @@ import pytest
 from tests.minimal import django_admin, serve_site, write_site
 from tests.servers import Site, scrape, send_requests
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.once
 
 # Everything except separate mounts, like /proc, and /dev/shm if it is to be writable. User names are unknown, too.
 NAMESPACE = """

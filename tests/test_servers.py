@@ -19,7 +19,18 @@ from typing import NamedTuple
 import pytest
 
 from tests.matrix import YES, Row, versions
-from tests.servers import ROOT, Site, children, database, describe, how_they_ended, scrape, send_requests, serving
+from tests.servers import (
+    ROOT,
+    Site,
+    children,
+    database,
+    describe,
+    how_they_ended,
+    runserver,
+    scrape,
+    send_requests,
+    serving,
+)
 
 pytestmark = pytest.mark.servers
 
@@ -448,9 +459,8 @@ def test_runserver_through_ten_reloads(free_ports: range, tmp_path: Path, row: R
     edited = tmp_path / "edited_site.py"
     edited.write_text("from demo_site.settings import *\nDEBUG = True\n")
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "DJANGO_SETTINGS_MODULE": "edited_site"}
-    words = [sys.executable, "manage.py", "runserver", BIND]
     answered = 0
-    with serving(tmp_path, free_ports, *words, **env) as site:
+    with runserver(tmp_path, free_ports, **env) as site:
         pids = set()
         for reload in range(11):
             site.child.wait_until(lambda: site.request() == 200, f"runserver answers after {reload} reloads")

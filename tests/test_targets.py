@@ -553,7 +553,7 @@ def test_endpoints_are_told_apart_by_their_project_and_asked_for_any_path(free_p
         (missing,) = _ask_all([("127.0.0.1", ours)], "/missing")
 
     assert [answer.state for answer in answers] == ["other", "live", "live"]
-    assert answers[1].about == {**ABOUT, "pid": 7}
+    assert answers[1].about == {**ABOUT, "pid": 7, "scrapes": {"count": 0}}
     assert 0 < answers[1].seconds < probe.ASK_SECONDS
     assert (scrape.state, probe.count_samples(scrape.body)) == ("live", 0)
     assert missing.state == "other"

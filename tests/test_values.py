@@ -21,7 +21,7 @@ from prometheus_client.values import MutexValue
 
 from django_promports import storage
 from django_promports.binding import Binding
-from django_promports.layout import CELLS_AT, LAYOUT, STATE, Layout
+from django_promports.layout import CELLS_AT, LAYOUT, Layout
 from django_promports.ledger import Ledger
 from tests.commands import run_python
 from tests.servers import parse, wait_until
@@ -769,22 +769,6 @@ def test_after_the_end_a_process_counts_on_from_zero(processes: Begin) -> None:
     process.binding.close()
 
 
-def test_a_scrape_is_noted_only_when_all_of_it_was_served(processes: Begin) -> None:
-    def scraped(process: Process) -> float:
-        assert process.binding.ledger is not None
-        return process.binding.ledger.settled_at
-
-    with processes() as process:
-        work(make_counter(process.registry))
-        next(iter(process.binding.collect()))
-        list(process.binding.restricted_registry(["jobs_total"]).collect())
-        assert scraped(process) == 0
-
-        list(process.binding.collect())
-
-        assert scraped(process) == pytest.approx(time.time(), abs=10)
-
-
 # A process with four threads that count forks again and again; each child counts too, and must leave the ledger alone.
 FORKED_CHILDREN = """
 import faulthandler, os, sys, threading, time
@@ -948,12 +932,13 @@ def test_cells_hold_what_the_metric_says(processes: Begin) -> None:
         counter = make_counter(process.registry)
         ledger = process.binding.ledger
         assert ledger is not None
-        first = ledger.families["jobs"].series[()]
+        family = ledger.families["jobs"]
+        first = family.series[()]
         for number in range(1, 4):
             counter.inc()
-            assert ledger.cells[first + STATE] == number
+            assert ledger.cells[first] == number
 
-        wait_until(lambda: ledger.cells[first] == counter._created, "created is there", 1)
+        wait_until(lambda: family.read_created([first]) == [counter._created], "created is there", 1)
 
 
 def test_a_series_that_is_removed_during_a_scrape_shows_no_number_of_another(

@@ -31,7 +31,7 @@ def look_families_up_by_name(patch: pytest.MonkeyPatch) -> None:
 
     def expose_by_name(self: Exposition, scrape: Any, family: Family) -> Iterator[None]:
         ledger = self._binding.ledger
-        now = ledger.families.get(family.name, family) if ledger else family
+        now = ledger.families.get(family.record.name, family) if ledger else family
         yield from expose(self, scrape, dataclasses.replace(now, series=family.series))
 
     patch.setattr(Exposition, "_expose_unmade", expose_by_name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import django_promports
 from django_promports.conf import conf
 from django_promports.endpoint import Endpoint
 from django_promports.ledger import Ledger
+from tests.commands import run_python
 from tests.servers import (
     ROOT,
     accepts,
@@ -26,8 +25,7 @@ from tests.servers import (
     gunicorn,
     listening_ports,
     manage,
-    request,
-    running,
+    runserver,
     scrape,
     send_requests,
 )
@@ -163,7 +161,7 @@ def test_a_port_is_free_before_python_tears_its_worker_down(kind: str, free_port
 
         assert _is_alive(worker)
         assert not accepts(port)
-        successor = _python(SUCCESSOR, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+        successor = run_python(SUCCESSOR, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
         assert _is_alive(worker)
         assert successor.stdout.split() == [str(port), "3.0"], successor.stderr
         (tmp_path / "end").touch()
@@ -190,8 +188,8 @@ threading.Thread(target=scrape, args=[django_promports.start(), 100], daemon=Tru
 assert hanging.wait(30)
 """
     width = f"{free_ports[0]}-{free_ports[5]}"
-    done = _python(script, DEMO_PORT_RANGE=width)
-    successor = _python(SUCCESSOR.replace(REQUESTS, "pieces_total"), DEMO_PORT_RANGE=width)
+    done = run_python(script, DEMO_PORT_RANGE=width)
+    successor = run_python(SUCCESSOR.replace(REQUESTS, "pieces_total"), DEMO_PORT_RANGE=width)
 
     assert done.returncode == 0, done.stderr
     assert successor.stdout.split() == [str(free_ports[0]), "7.0"], successor.stderr
@@ -255,7 +253,7 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+    done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
 
     assert done.stdout.split() == [str(free_ports[0]), "None", str(free_ports[1]), "None"], done.stderr
 
@@ -277,7 +275,7 @@ for _ in range(3):
         os._exit(0)
     os.wait()
 """
-    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
+    done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}")
 
     assert done.stdout.splitlines() == ["0.0 1.0", "0.0 2.0", "0.0 3.0"], done.stderr
 
@@ -297,7 +295,7 @@ print("READY", file=sys.stderr)
 django_promports.start()
 django_promports.start()
 """
-    done = _python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", DEMO_LEDGER_DIR=str(folder))
+    done = run_python(script, DEMO_PORT_RANGE=f"{free_ports[0]}-{free_ports[5]}", DEMO_LEDGER_DIR=str(folder))
 
     before, _, after = done.stderr.partition("READY")
     assert "Counting in memory" not in before
@@ -349,24 +347,17 @@ def test_pytest_holds_no_port(client: Client, free_ports: range, settings: Any) 
 def test_runserver_serves_metrics_from_the_process_that_answers_requests(
     options: list[str], free_ports: range, tmp_path: Path
 ) -> None:
-    *metric_ports, site_port = free_ports
-    env = {
-        "DEMO_PORT_RANGE": f"{metric_ports[0]}-{metric_ports[-1]}",
-        "DEMO_DATABASE": str(database(tmp_path)),
-        "DEMO_DEBUG": "1",
-    }
-    command = [sys.executable, "manage.py", "runserver", f"127.0.0.1:{site_port}", *options]
-    with running(*command, log=tmp_path / "runserver.log", **env) as child:
-        child.wait_until(lambda: request(f"http://127.0.0.1:{site_port}/") == 200, "runserver answers")
+    with runserver(tmp_path, free_ports, *options) as site:
+        site.child.wait_until(lambda: site.request() == 200, "runserver answers")
 
-        about = child.wait_until(lambda: describe(metric_ports[0]), "the endpoint answers")
+        about = site.child.wait_until(lambda: describe(site.ports[0]), "the endpoint answers")
 
-        server = child.children()[0] if not options else child.pid
+        server = site.child.children()[0] if not options else site.child.pid
         assert about["pid"] == server
-        assert about["command"] == f"manage.py runserver 127.0.0.1:{site_port}"
-        if server != child.pid:
-            assert not listening_ports(child.pid)
-        assert not describe(metric_ports[1])
+        assert about["command"] == f"manage.py runserver {site.address}"
+        if server != site.child.pid:
+            assert not listening_ports(site.child.pid)
+        assert not describe(site.ports[1])
 
 
 def test_run_main_in_the_environment_harms_nothing(free_ports: range, tmp_path: Path) -> None:
@@ -448,13 +439,6 @@ def helper(request):
 
 urlpatterns = [path("", lambda request: HttpResponse()), path("helper/", helper)]
 """
-
-
-def _python(script: str, **env: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "demo_site.settings", **env}
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
-    )
 
 
 def _start_time(pid: int) -> float:

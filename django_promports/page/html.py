@@ -160,9 +160,9 @@ def _draw_table(found: Overview, many: Sequence[Sequence[Rate]], own_port: objec
     top = max((rate.requests for rates in many for rate in rates), default=0.0)
     slow = max((rate.latency or 0.0 for rates in many for rate in rates), default=0.0)
     yield '<table role="table">\n'
-    yield "<caption>What each port does now. The plots are of the last "
+    yield "<caption>What each port does now. The plots show the last "
     yield f"{KEPT_SECONDS / 60:g} minutes, from zero to {_format_rate(top)} requests per second and "
-    yield f"to {_format_seconds(slow)}.</caption>\n"
+    yield f"from zero to {_format_seconds(slow)}.</caption>\n"
     yield '<thead role="rowgroup"><tr role="row">'
     for name, kind in (
         ("Port", ""),
@@ -172,7 +172,7 @@ def _draw_table(found: Overview, many: Sequence[Sequence[Rate]], own_port: objec
         ("Series", "number"),
         ("Requests per second", ""),
         ("Latency", ""),
-        *([("Look at", "")] if found.origin else []),
+        *([("Links", "")] if found.origin else []),
     ):
         yield f'<th role="columnheader" scope="col" class="{kind}">{name}</th>'
     yield '</tr></thead>\n<tbody role="rowgroup">\n'

@@ -13,6 +13,6 @@ setInterval(async () => {
     if (link) link.focus({preventScroll: true});
     note.textContent = '';
   } catch {
-    note.textContent = 'The page cannot be refreshed: what it shows is old.';
+    note.textContent = 'The page cannot be refreshed: its numbers are out of date.';
   }
 }, 1000 * refreshSeconds);

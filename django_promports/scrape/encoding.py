@@ -1,7 +1,7 @@
-"""prometheus_client's encoders, for all that is not rendered from kept text.
+"""prometheus_client's encoders: their versions, the _created series, and metrics that they cannot encode.
 
-They run code of the site, and they fail as a whole for one label or number that makes no sense. Here that costs its own
-series only.
+They run code of the site, and they fail as a whole if one label or number cannot be encoded. Here only the series that
+has it is left out.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Encoder:
         return False
 
     def _clean(self, turn: Turn, metric: Metric) -> Generator[None, None, Metric]:
-        """Return a metric without the series that cannot be encoded, after its help and exemplars were mended."""
+        """Return a metric without the series and exemplars that cannot be encoded; its help text is repaired."""
         clean = copy.copy(metric)
         clean.documentation = call(str, metric.documentation).encode(errors="replace").decode()
         good: list[Sample] = []

@@ -1,6 +1,7 @@
-"""The exposition of a registry: one scrape after the other.
+"""The exposition of a registry: one scrape after the other, in the format that is asked for.
 
-Metrics that `kinds` knows are rendered from kept text, everything else by prometheus_client itself.
+Metrics that `kinds` knows are rendered from kept text, everything else by prometheus_client itself. If a collector
+raises, only its own metrics are missing; each failure is counted, and the first one logged.
 
 A scrape gives the interpreter up again and again, and the site makes, removes and registers metrics meanwhile. So it
 decides at its start which metrics it shows, and reads each from the family that the metric has then.
@@ -69,7 +70,7 @@ class Exposition:
         self._with_created = created
         self.forms: dict[tuple[str, bool], Form] = {}
         self._scrapes = 0
-        # By id(), here and below: what the site has written may not even be hashable when it is asked again.
+        # By id(), here and below: __hash__ and __eq__ of a collector are code of the site, and may raise.
         self._failing: dict[int, object] = {}
         self._warned = False
 
@@ -108,9 +109,6 @@ class Exposition:
             for metric in collected:
                 yield from self._write(scrape, binding, [metric], error)
             body.write(scrape.form.encoder.end)
-        else:
-            if not wanted:
-                self._binding.note_scrape(ledger)
         if not wanted:
             self.series = body.samples
         return headers, body.close()
@@ -174,7 +172,7 @@ class Exposition:
                 collected = [metric for metric in restricted if metric is not None]
             for metric in collected:
                 scrape.shown.add(metric.name)
-                if unmade and series and metric.name == unmade.family.name:
+                if unmade and series and metric.name == unmade.family.record.name:
                     add_samples(metric, unmade.family, series, scrape.names)
             return collected
 
@@ -188,9 +186,9 @@ class Exposition:
     def _expose_unmade(self, scrape: _Scrape, family: Family) -> Slices:
         """Expose a metric that only the ledger has, or had when the scrape began."""
         try:
-            metric = make_metric(family)
-            kind = KINDS[family.type]
-            collector = kind.make(family.name, family.help, family.unit, family.labelnames, family.bounds)
+            metric, record = make_metric(family), family.record
+            kind = KINDS[record.type]
+            collector = kind.make(record.name, record.help, record.unit, record.labelnames, record.bounds)
             made = Made(collector, kind, with_exemplars=False)
         except Exception:
             self._fail(family, "%s, which the ledger has, is not a valid metric; it is missing, the others are served.")
@@ -299,7 +297,7 @@ class Exposition:
             if scrape.turn.is_over():
                 yield from scrape.turn.rest()
         if not is_whole:
-            self._fail(key, "%s has text or numbers that make no sense; those are left out, the others are served.")
+            self._fail(key, "%s has text or numbers that cannot be encoded; those are left out, the others are served.")
         elif doubt is not None:
             self._warn(key, doubt)
 
@@ -313,7 +311,7 @@ class Exposition:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s is not what django_promports knows of prometheus_client. Scrapes are right, but slower.",
+                "%s differs from what django_promports knows of prometheus_client. Scrapes are correct, but slower.",
                 _describe(key),
                 exc_info=error,
             )

@@ -21,11 +21,12 @@ class Unknown(Exception):
 
 
 class Source(Protocol):
-    """Reads children, whatever those are to it.
+    """Reads the children of a metric. What a child is depends on the source.
 
-    get_labels: returns the label values of one. get_created: when each was made. find_cells: the first cell of each in
-    the ledger; none if one of them is not there. read: numbers, followed by exemplars if there are any, and the latter
-    once more. collect: the metric as if it had this child only. All raise Unknown for what they do not know.
+    get_labels: returns the label values of one. get_created: when each was made. find_cells: the cell of the first
+    value of each in the ledger; none if one of them is not there. read: numbers, followed by exemplars if there are
+    any, and the latter once more. collect: the metric as if it had this child only. All raise Unknown for what they do
+    not know.
     """
 
     def get_labels(self, child: Any) -> tuple[str, ...]: ...
@@ -85,7 +86,7 @@ class Made:
 
 
 class InLedger:
-    """Series that only the ledger has: pairs of label values and first cell."""
+    """Series that only the ledger has: pairs of label values and the cell of the first value."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -94,7 +95,7 @@ class InLedger:
         return tuple(child[0])
 
     def get_created(self, children: list[Any]) -> list[Any]:
-        return [self._family.cells[first] for _, first in children]
+        return self._family.read_created(self.find_cells(children))
 
     def find_cells(self, children: list[Any]) -> list[int]:
         return [first for _, first in children]

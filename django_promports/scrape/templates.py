@@ -28,7 +28,7 @@ from django_promports.scrape.packing import Body, Piece
 from django_promports.scrape.sources import Made, Source, State, Unknown
 
 MAX_COUNTS = 1024
-# In the place of a number whose child cannot be shown: it makes no text.
+# Takes the place of each number of a child that cannot be shown: it produces no text.
 SILENCE = b"%.0b"
 
 
@@ -39,7 +39,7 @@ def _format(number: Any) -> bytes:
 
 
 class Texts(dict[float, bytes]):
-    """The texts of numbers; as a dict, of counts: most buckets have the count of another one, and none is -0.0."""
+    """The texts of numbers. The dict is a cache for counts: many buckets have equal counts, none is -0.0."""
 
     def __missing__(self, count: float) -> bytes:
         if len(self) >= MAX_COUNTS:
@@ -238,7 +238,7 @@ class KeptMetric:
     def learn(self, form: Form, collector: Any, kind: Kind) -> None:
         """Find the text that the children of a metric have in common, and prove that it is understood.
 
-        Raises Unknown if the metric cannot be rendered from templates, and anything else if it should be.
+        Raises Unknown if the metric cannot be rendered from templates, another error if its text is not as expected.
         """
         if prometheus_values.ValueClass is not MutexValue or collector._labelvalues:
             raise Unknown

@@ -10,6 +10,7 @@ import json
 import struct
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,15 @@ def fill(ledger: Any) -> None:
     for number in range(12):
         first = ledger.add_series(apples, (f"kind {number} \u00fc\U0001f34e",), 1_700_000_000.25 + number)
         # What did not change since the last claim keeps its activity and its time, if that is not long ago.
-        for cell, value in enumerate((number / 3, 4e9 + number, number / 3), first + 1):
+        for cell, value in enumerate((number / 3, 4e9 + number, number / 3), first - 2):
             ledger.cells[cell] = value
     sizes = ledger.add_family("sizes_bytes", "summary", "", "bytes", (), ())
-    ledger.cells[ledger.add_series(sizes, (), 1.5) + 3] = 3.0
-    ledger.cells[sizes.series[()] + 4] = -7.25
+    first = ledger.add_series(sizes, (), 1.5)
+    ledger.cells[first], ledger.cells[first + 1] = 3.0, -7.25
     seconds = ledger.add_family("seconds", "histogram", "Of jobs.", "", ("a", "b"), ("0.5", "1.0", "+Inf"))
     for labels in (("x", ""), ("gone", "")):
         first = ledger.add_series(seconds, labels, 2.5)
-        for cell, value in enumerate((1e300, 1.0, 2.0, 3.0), first + 3):
+        for cell, value in enumerate((1e300, 1.0, 2.0, 3.0), first):
             ledger.cells[cell] = value
     ledger.forget(seconds, ("gone", ""))
     gone = ledger.add_family("gone", "counter", "Gone.", "", (), ())
@@ -62,25 +63,33 @@ def fill(ledger: Any) -> None:
     ledger.add_series(apples, ("later",), 3.5)
 
 
-def describe(ledger: Any) -> Any:
-    """Return what it holds, with every cell of every series."""
+def describe(families: Any) -> Any:
+    """Return what families hold, as in the JSON files: by name, the record of each and numbers by label values."""
     return {
         name: {
             "family": [
-                family.type,
-                family.help,
-                family.unit,
-                list(family.labelnames),
-                list(family.bounds),
-                getattr(family, "mode", ""),
+                record.type,
+                record.help,
+                record.unit,
+                list(record.labelnames),
+                list(record.bounds),
+                record.mode,
             ],
-            "series": [
-                [list(labels), list(ledger.cells[first : first + 3 + family.width])]
-                for labels, first in family.series.items()
-            ],
+            "series": sorted([list(labels), list(numbers)] for labels, numbers in series.items()),
         }
-        for name, family in ledger.families.items()
+        for name, (record, series) in families.items()
     }
+
+
+def describe_rows(ledger: Any) -> Any:
+    """Return what an open ledger holds, with every cell of every series."""
+    cells = ledger.cells
+    return describe(
+        {
+            name: (family.record, {labels: cells[family.find_row(first)] for labels, first in family.series.items()})
+            for name, family in ledger.families.items()
+        }
+    )
 
 
 def main(version: str, folder: Path) -> None:
@@ -91,8 +100,8 @@ def main(version: str, folder: Path) -> None:
             path = Path(temporary) / "19100.ledger"
             ledger = module.Ledger(path, "site")
             fill(ledger)
-            ledger.note_scrape()
-            held = describe(ledger)
+            ledger.note_scrape(time.time())
+            held = describe_rows(ledger)
             ledger.close(seal=ending == "closed")
             content = path.read_bytes()
             name = f"version-{version}-{ending}"
