@@ -260,7 +260,8 @@ class Holder:
             self.waiting_for = RANGE_FULL
             logger.error(
                 "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
-                "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
+                "Widen PROMPORTS_PORT_RANGE beyond the number of workers. If a worker forks helpers with os.fork() "
+                "before its first request, they take its port: call django_promports.start() before that fork.",
                 reason,
                 os.getpid(),
             )

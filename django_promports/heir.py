@@ -26,7 +26,7 @@ from django_promports.binding import Binding
 from django_promports.endpoint import Endpoint, Service
 from django_promports.layout import NUMBER, SCRAPED_AT, SETTLED_AT, LedgerDamaged, hash_site
 from django_promports.ledger import LedgerLocked, open_locked
-from django_promports.loop import NEXT_TURN, READ, Loop, Steps
+from django_promports.loop import NEXT_TURN, READ, Conversation, Loop, Steps
 from django_promports.reading import Reading, Status, read_locked, read_status
 from django_promports.routes import Routes
 from django_promports.scrapes import Scrapes
@@ -50,23 +50,17 @@ UNSCRAPED_SECONDS = 10.0
 class Adopted:
     """A port that is served for an ended process.
 
-    status, file: of its ledger, which is locked. hand_over: where a process asks for it. adopted_at, scraped_at:
-    seconds of time.monotonic(); the latter is the first complete scrape.
+    status, file: of its ledger, which is locked. adopted_at, scraped_at: seconds of time.monotonic(); the latter is the
+    first complete scrape. awaiting: waits for a process that asks for the port; None where that is not possible.
     """
 
     port: int
     status: Status
     file: int
-    hand_over: socket.socket | None
     adopted_at: float = field(default_factory=monotonic, init=False)
     scraped_at: float | None = field(default=None, init=False)
     service: Service | None = field(default=None, init=False)
-
-    def close(self) -> None:
-        """Close the ledger, and no longer listen to processes that ask for the port."""
-        os.close(self.file)
-        if self.hand_over is not None:
-            self.hand_over.close()
+    awaiting: Conversation | None = field(default=None, init=False)
 
 
 class Heir:
@@ -95,13 +89,13 @@ class Heir:
     def watch(self, loop: Loop) -> Steps[None]:
         """Adopt orphaned ports and free settled ones, forever."""
         for adopted in self._adopted.values():  # in a loop that replaces another
-            loop.spawn(self._await_claimer(adopted))
+            self._open_hand_over(loop, adopted)
         orphans: dict[int, Status] = {}
         while True:
             yield from loop.sleep(LOOK_SECONDS)
             for adopted in list(self._adopted.values()):
                 if self._is_over(adopted):
-                    self._free(adopted)
+                    self._free(loop, adopted)
             found = {}
             for port in self._terms.ports:
                 status = self._find_orphan(port)
@@ -116,7 +110,7 @@ class Heir:
         """Close the adopted ledgers, before the endpoint frees their ports; also in a forked child."""
         self._is_closed = True
         for adopted in self._adopted.values():
-            adopted.close()
+            os.close(adopted.file)
         self._adopted.clear()
 
     def _find_path(self, port: int) -> Path:
@@ -145,12 +139,11 @@ class Heir:
             file = open_locked(path, seconds=0, create=False)
             reading = read_locked(path, file)
             if reading.status == status:
-                adopted = Adopted(port, status, file, presence.open_hand_over(self._terms.key, port))
-                self._serve(loop, adopted, listener, reading)
+                self._serve(loop, Adopted(port, status, file), listener, reading)
                 return
-        except LedgerLocked:  # a process of another container, for example
+        except LedgerLocked:  # by a process of another container, for example
             pass
-        except (OSError, LedgerDamaged) as error:
+        except Exception as error:
             self._in_vain[port] = status.opened_at, True
             logger.warning(
                 "The last counts of port %s cannot be served: %s. They are in %s; the next process that claims the "
@@ -158,6 +151,7 @@ class Heir:
                 port,
                 error,
                 path,
+                exc_info=not isinstance(error, OSError | LedgerDamaged),
             )
         if file is not None:
             os.close(file)
@@ -170,8 +164,12 @@ class Heir:
         routes = self._make_routes(adopted.port, binding, partial(self._note_scrape, adopted))
         adopted.service = self._endpoint.add(listener, routes)
         self._adopted[adopted.port] = adopted
-        loop.spawn(self._await_claimer(adopted))
+        self._open_hand_over(loop, adopted)
         logger.info("Serving the last counts of a process that has ended. port=%s pid=%s", adopted.port, os.getpid())
+
+    def _open_hand_over(self, loop: Loop, adopted: Adopted) -> None:
+        sock = presence.open_hand_over(self._terms.key, adopted.port)
+        adopted.awaiting = None if sock is None else loop.spawn(self._await_claimer(adopted, sock), sock=sock)
 
     def _note_scrape(self, adopted: Adopted, began: float) -> None:
         if self._adopted.get(adopted.port) is adopted:
@@ -180,21 +178,23 @@ class Heir:
 
     def _is_over(self, adopted: Adopted) -> bool:
         if adopted.scraped_at is not None:
-            if adopted.hand_over is None:  # a process that needs the port cannot ask for it
+            if adopted.awaiting is None:  # a process that needs the port cannot ask for it
                 return True
             chance = min(max(CHANCE_SECONDS, 2 * self._scrapes.longest_interval), MAX_SECONDS)
             return monotonic() - adopted.scraped_at > chance
         return monotonic() - adopted.adopted_at > (MAX_SECONDS if self._scrapes.count else UNSCRAPED_SECONDS)
 
-    def _free(self, adopted: Adopted) -> None:
+    def _free(self, loop: Loop, adopted: Adopted) -> None:
         """Serve a port no longer: it is settled, or nobody has scraped it."""
         if adopted.scraped_at is None:
             self._in_vain[adopted.port] = adopted.status.opened_at, self._scrapes.count > 0
         else:  # whatever the clock does
             settled_at = max(time.time(), math.nextafter(adopted.status.opened_at, math.inf))
             os.pwrite(adopted.file, NUMBER.pack(settled_at), SETTLED_AT)
+        if adopted.awaiting is not None:
+            loop.drop(adopted.awaiting)
         listener = self._let_go(adopted)
-        adopted.close()
+        os.close(adopted.file)
         listener.close()
 
     def _let_go(self, adopted: Adopted) -> socket.socket:
@@ -203,22 +203,22 @@ class Heir:
         assert adopted.service is not None
         return self._endpoint.remove(adopted.service)
 
-    def _await_claimer(self, adopted: Adopted) -> Steps[None]:
+    def _await_claimer(self, adopted: Adopted, sock: socket.socket) -> Steps[None]:
         """Hand a port over to the first process of this user that asks for it."""
-        sock = adopted.hand_over
-        while sock is not None and self._adopted.get(adopted.port) is adopted:
+        while True:
             yield sock, READ
             try:
                 peer, _ = sock.accept()
             except OSError:
                 continue
-            with peer:
-                if presence.is_same_user(peer):
-                    listener = self._let_go(adopted)
-                    try:
-                        socket.send_fds(peer, [b"."], [listener.fileno(), adopted.file])
-                    except OSError:  # it has given up; the port is still owed
-                        pass
-                    adopted.close()
-                    listener.close()
-                    logger.info("Handed a port over. port=%s pid=%s", adopted.port, os.getpid())
+            if presence.is_same_user(peer):
+                break
+            peer.close()
+        sock.close()
+        with peer, self._let_go(adopted) as listener:
+            try:
+                socket.send_fds(peer, [b"."], [listener.fileno(), adopted.file])
+            except OSError:  # the peer has given up; the port is still owed
+                pass
+            os.close(adopted.file)
+        logger.info("Handed a port over. port=%s pid=%s", adopted.port, os.getpid())

@@ -313,7 +313,7 @@ django.setup()
 import django_promports
 from prometheus_client import Counter
 counter = Counter("claims", "Claims.")
-longest = 0.0
+took = []
 for number in range(1000):
     time.sleep(random.uniform(0, 0.03))
     read_end, write_end = os.pipe()
@@ -332,8 +332,8 @@ for number in range(1000):
     os.close(write_end)
     os.wait()
     assert port != b"None", number
-    longest = max(longest, float(seconds))
-print(longest)
+    took.append(float(seconds))
+print(sorted(took)[500], max(took))
 """
 
 
@@ -366,7 +366,9 @@ def test_a_thousand_claims_against_adopting_heirs_are_neither_delayed_nor_miscou
         done = run_python(CLAIMS, seconds=240, **env)
 
         assert done.returncode == 0, done.stderr
-        assert float(done.stdout) < 1
+        median, longest = map(float, done.stdout.split())
+        assert median < 0.1
+        assert longest < 5  # on a busy machine an heir may be as slow as one that is stopped, and is passed over
         wait_until(lambda: describe(free_ports[2]).get("role") == "heir", "the last port has an heir")
         assert (
             scrape(free_ports[2])["claims_total"]
