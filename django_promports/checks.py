@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,9 @@ from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from django_promports import folders, unix
+from django_promports import discovery, folders, neighbours, unix
 from django_promports.conf import WILDCARDS, conf, show
+from django_promports.loop import Loop
 from django_promports.ports import format_ports
 
 TAG = "promports"
@@ -26,6 +28,8 @@ PLATFORM = "promports.W006"
 REQUESTS = "promports.W007"
 # File systems in memory. On any other, a write to a mapped file sometimes waits for the disk.
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
+# So many sites of one user with one settings module are not expected.
+MAX_SIBLINGS = 8
 KERNEL = Path("/proc/sys/net/ipv4")
 # The classes that count requests, in their order.
 MIDDLEWARE = ("PrometheusBeforeMiddleware", "PrometheusAfterMiddleware")
@@ -51,6 +55,11 @@ READERS: list[tuple[str, Callable[[], object], str]] = [
     ),
     ("E008", lambda: conf.read_token(), "Use a readable file that contains the token."),
     ("E009", lambda: conf.PROMPORTS_ENABLED, "Use True or False."),
+    (
+        "E015",
+        lambda: conf.PROMPORTS_SITE,
+        "Use a short name that no other site of the machine has, such as 'shop'.",
+    ),
     ("E013", lambda: conf.PROMPORTS_CREATED_SERIES, "Use True or False."),
     (
         "E011",
@@ -79,8 +88,8 @@ def check_requests(**kwargs: Any) -> list[checks.CheckMessage]:
 
 
 def check_deployment(**kwargs: Any) -> list[checks.CheckMessage]:
-    """With `check --deploy`, report that everyone can read the metrics, and that counting may wait for a disk."""
-    return _carry_out(_check_exposure, _check_file_system) if unix.SUPPORTED else []
+    """With `check --deploy`, report what concerns the machine: who can read the metrics, disks, and other sites."""
+    return _carry_out(_check_exposure, _check_file_system, _check_other_sites) if unix.SUPPORTED else []
 
 
 def _carry_out(*parts: Callable[[], Iterable[checks.CheckMessage]]) -> list[checks.CheckMessage]:
@@ -133,6 +142,16 @@ def _check_exposure() -> list[checks.CheckMessage]:
             id="promports.W002",
         )
     ]
+
+
+def _check_other_sites() -> Iterator[checks.CheckMessage]:
+    try:
+        with contextlib.closing(Loop()) as loop:
+            found = loop.complete(discovery.look(loop)) if conf.PROMPORTS_ENABLED else []
+    except (ImproperlyConfigured, OSError):
+        return  # check_settings() reports it
+    for fault in neighbours.find_rivals(found, conf.project, conf.place):
+        yield checks.Warning(fault.what, hint=fault.hint, id="promports.W009")
 
 
 def _check_values() -> Iterator[checks.CheckMessage]:
@@ -223,6 +242,7 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
     try:
         folder = conf.PROMPORTS_LEDGER_DIR
         if folder is not None:
+            yield from _check_siblings(folder)
             folders.check_folder(folder)
         elif conf.no_ledger_dir:
             yield checks.Warning(
@@ -247,6 +267,17 @@ def _check_ledgers() -> Iterator[checks.CheckMessage]:
             "they end.",
             hint="Use a folder that belongs to the user who runs the workers, with mode 0700.",
             id=LEDGER_FOLDER,
+        )
+
+
+def _check_siblings(folder: Path) -> Iterator[checks.CheckMessage]:
+    number = len(folders.find_siblings(folder, conf.project)) if conf.has_default_ledger_dir else 0
+    if number > MAX_SIBLINGS:
+        yield checks.Warning(
+            f"There are {number} ledger folders of sites with the settings module {conf.project} in {folder.parent}.",
+            hint="If each process makes a random SECRET_KEY, so that each counts as another site, set SECRET_KEY or "
+            "PROMPORTS_SITE to a fixed value. Then remove the folders that are not in use.",
+            id="promports.W010",
         )
 
 

@@ -38,6 +38,8 @@ RETRY_SECONDS, RELOAD_RETRY_SECONDS = 0.5, 0.2
 RELOAD_SECONDS = 2.0
 # Seconds for an heir to hand a port over. It takes a millisecond, unless a collector of the site delays it.
 HAND_OVER_SECONDS = 0.5
+# Seconds between two looks at a port that an heir is about to serve or to free.
+CHANGE_SECONDS = 0.01
 
 
 class Undecided(Exception):
@@ -180,12 +182,7 @@ class Holder:
                 self.claimed_at = time.monotonic()
                 passed.append(claim)
                 try:
-                    if make_folder(folder):
-                        self._made_folder = folder
-                    self._make_secret(folder)
-                    if file is None and self._must_wait(folder, terms.ports, claim.port):
-                        raise Undecided
-                    ledger = Ledger(folder / f"{claim.port}.ledger", terms.site, file=file)
+                    ledger = self._open_ledger(terms, folder, claim.port, file)
                     return passed.pop(), ledger
                 except LedgerLocked:
                     pass
@@ -202,18 +199,39 @@ class Holder:
         self._log_in_memory(f"other processes have the ledgers of all free ports in {folder} open")
         return claim, None
 
+    def _open_ledger(self, terms: Terms, folder: Path, port: int, file: int | None) -> Ledger:
+        """Open the ledger of a claimed port. file: open and locked, if an heir has handed it over; it is closed."""
+        try:
+            if make_folder(folder, terms.former_folders):
+                self._made_folder = folder
+            self._make_secret(folder)
+            if file is None and self._must_wait(folder, terms.ports, port):
+                raise Undecided
+        except BaseException:
+            if file is not None:
+                os.close(file)
+            raise
+        return Ledger(folder / f"{port}.ledger", terms.site, file=file, former=terms.former_sites)
+
     def _find_ports(self, terms: Terms, silent: set[int]) -> Iterator[tuple[ports.Claim, int | None]]:
         """Yield each port that this process can have, lowest first, and its ledger if an heir has handed it over."""
+        deadline = time.monotonic() + HAND_OVER_SECONDS
         for port in terms.ports:
-            if (listener := ports.listen(terms.address, port)) is not None:
-                yield ports.Claim(port, listener), None
-            elif (taken := presence.take_over(terms.key, port, HAND_OVER_SECONDS, silent)) is not None:
-                listener, file = taken
-                if listener.getsockname() == ports.resolve(terms.address, port)[1]:
-                    yield ports.Claim(port, listener), file
-                else:  # the settings have changed since the heir read them
-                    listener.close()
-                    os.close(file)
+            while True:
+                if (listener := ports.listen(terms.address, port)) is not None:
+                    yield ports.Claim(port, listener), None
+                    break
+                if (taken := presence.take_over(terms.key, port, HAND_OVER_SECONDS, silent)) is not None:
+                    listener, file = taken
+                    if listener.getsockname() == ports.resolve(terms.address, port)[1]:
+                        yield ports.Claim(port, listener), file
+                    else:  # the settings have changed since the heir read them
+                        listener.close()
+                        os.close(file)
+                    break
+                if not _is_changing_hands(terms, port) or time.monotonic() > deadline:
+                    break
+                time.sleep(CHANGE_SECONDS)
 
     def _must_wait(self, folder: Path, port_range: Sequence[int], port: int) -> bool:
         """Whether to wait for a lower port than this one, which holds no counts that a process has to take over."""
@@ -255,7 +273,8 @@ class Holder:
             self.waiting_for = RANGE_FULL
             logger.error(
                 "%s The site is served, but this process (pid %s) is not metered until a port comes free. "
-                "Widen PROMPORTS_PORT_RANGE beyond the number of workers.",
+                "Widen PROMPORTS_PORT_RANGE beyond the number of workers. If a worker forks helpers with os.fork() "
+                "before its first request, they take its port: call django_promports.start() before that fork.",
                 reason,
                 os.getpid(),
             )
@@ -294,3 +313,9 @@ class Holder:
             if self.waiting_sign is not None:
                 self.waiting_sign.close()
                 self.waiting_sign = None
+
+
+def _is_changing_hands(terms: Terms, port: int) -> bool:
+    """Whether a port that is in use is owed, but not by a living process: an heir is about to serve or to free it."""
+    status = read_status(terms.folder / f"{port}.ledger") if terms.folder is not None else None
+    return status is not None and status.is_owed and not status.is_held

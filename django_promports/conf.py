@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import ssl
-import tempfile
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.encoding import force_bytes
 
-from django_promports import unix
+from django_promports import folders, unix
 from django_promports.ports import check_address, parse_ports
 from django_promports.probe import Site
 from django_promports.secret import derive_key, read_secret
@@ -30,6 +30,8 @@ T = TypeVar("T")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Characters of a value in a message. A setting may be a list of a million items.
 MAX_SHOWN = 200
+# Bytes of PROMPORTS_SITE: it is part of the name of a folder.
+MAX_SITE = 100
 
 
 MISSING = object()
@@ -60,12 +62,23 @@ class Conf:
         return self._read("PROMPORTS_LEDGER_DIR", _parse_folder, self._default_ledger_dir)
 
     @property
+    def PROMPORTS_SITE(self) -> str:
+        """What tells this site from another one on the machine. Its default changes with SECRET_KEY."""
+        if not hasattr(settings, "PROMPORTS_SITE"):
+            return self._name_site(self._secret_key())
+        return self._read("PROMPORTS_SITE", _parse_site, str)
+
+    @property
+    def has_default_ledger_dir(self) -> bool:
+        return not hasattr(settings, "PROMPORTS_LEDGER_DIR")
+
+    @property
     def no_ledger_dir(self) -> str:
         """The reason why PROMPORTS_LEDGER_DIR has no default; empty if it has one, or the setting is set."""
-        if hasattr(settings, "PROMPORTS_LEDGER_DIR"):
+        if not self.has_default_ledger_dir:
             return ""
         try:
-            tempfile.gettempdir()
+            folders.find_base()
         except OSError as error:
             return f"PROMPORTS_LEDGER_DIR is not set, and there is no default for it ({error.strerror})"
         return ""
@@ -115,8 +128,35 @@ class Conf:
 
     @property
     def project(self) -> str:
-        """The name that distinguishes the endpoints of this site from those of others on the same machine."""
+        """The name of the site for people. Several sites of a machine may have the same: see PROMPORTS_SITE."""
         return str(settings.SETTINGS_MODULE or getattr(settings, "ROOT_URLCONF", None) or "django")
+
+    @property
+    def former_sites(self) -> tuple[str, ...]:
+        """What the site may have been called when it made its ledgers: with an older SECRET_KEY, or in version 0.1."""
+        former: list[str] = []
+        if not hasattr(settings, "PROMPORTS_SITE"):
+            keys = getattr(settings, "SECRET_KEY_FALLBACKS", ())
+            keys = keys if isinstance(keys, list | tuple) else ()
+            former = [self._name_site(force_bytes(key)) for key in keys if isinstance(key, str | bytes)]
+        return (*former, self.project)
+
+    @property
+    def former_folders(self) -> list[Path]:
+        """The default folders of the former sites."""
+        folder = self.PROMPORTS_LEDGER_DIR
+        if folder is None or not self.has_default_ledger_dir:
+            return []
+        return [folder.with_name(folders.name_folder(site)) for site in self.former_sites]
+
+    @property
+    def place(self) -> str:
+        """The folder of the site's code: BASE_DIR, or the folder of the settings module; empty if there is neither."""
+        base = getattr(settings, "BASE_DIR", None)
+        if not isinstance(base, str | Path):
+            module = sys.modules.get(str(settings.SETTINGS_MODULE))
+            base = os.path.dirname(getattr(module, "__file__", None) or "")
+        return os.path.realpath(base) if base else ""
 
     @property
     def slug(self) -> str:
@@ -137,7 +177,7 @@ class Conf:
         self.server_tls()  # raises if the files cannot be used
         certfile = self.PROMPORTS_TLS_CERTFILE
         tls = client_context(certfile, self.PROMPORTS_TLS_KEYFILE) if certfile else None
-        return Site(self.project, tls, tuple(self.read_keys(asking=True)))
+        return Site(self.PROMPORTS_SITE, tls, tuple(self.read_keys(asking=True)))
 
     def read_keys(self, *, asking: bool = False) -> Iterator[bytes]:
         """Yield the keys that the processes of this site share, preferred one first. They are read at each call.
@@ -158,8 +198,12 @@ class Conf:
     def _secret_key(self) -> bytes:
         try:
             return force_bytes(settings.SECRET_KEY)
-        except ImproperlyConfigured:  # it is empty
+        except Exception:  # it is empty, or an object that cannot be converted
             return b""
+
+    def _name_site(self, secret_key: bytes) -> str:
+        # Deriving a key is slow, so the digest does not help to guess SECRET_KEY.
+        return f"{self.project}-{derive_key(secret_key, 'site').hex()[:8]}" if secret_key else self.project
 
     def read_token(self) -> str | None:
         """Return the bearer token. It is read at each call, so that it can be replaced while the site runs."""
@@ -207,11 +251,9 @@ class Conf:
 
     def _default_ledger_dir(self) -> Path | None:
         try:
-            folder = tempfile.gettempdir()
+            return folders.find_default(self.PROMPORTS_SITE, self.project)
         except OSError:  # no_ledger_dir has the reason
             return None
-        name = re.sub(r"[/\0]", "_", self.project)
-        return Path(folder, f"django_promports-{os.geteuid()}-{name}")
 
 
 def show(value: object) -> str:
@@ -243,6 +285,15 @@ def _parse_address(value: object) -> str:
     except OSError as error:
         raise ValueError(f"this machine cannot bind it ({error.strerror})") from None
     return address
+
+
+def _parse_site(value: object) -> str:
+    site = _instance(str)(value)
+    if not site or not site.isprintable():
+        raise ValueError("it is empty, or has characters that cannot be printed")
+    if len(site.encode()) > MAX_SITE:
+        raise ValueError(f"it is longer than {MAX_SITE} bytes")
+    return site
 
 
 def _parse_labels(value: object) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Heir:
     ) -> None:
         self._folder, self._terms, self._endpoint = folder, terms, endpoint
         self._scrapes, self._make_routes = scrapes, make_routes
-        self._site = hash_site(terms.site)
+        self._sites = {hash_site(site) for site in (terms.site, *terms.former_sites)}
         self._adopted: dict[int, Adopted] = {}
         self._is_closed = False
         # Ports that were adopted in vain: which opening, and whether another attempt is useless until the next one.
@@ -136,7 +136,7 @@ class Heir:
         status = read_status(path)
         if status is None and port not in self._in_vain and (damage := find_damage(path)):
             self._give_up(port, 0.0, damage)
-        if status is None or status.site != self._site or not status.is_owed or status.is_held:
+        if status is None or status.site not in self._sites or not status.is_owed or status.is_held:
             return None
         opened_at, is_useless = self._in_vain.get(port, (0.0, False))
         if opened_at == status.opened_at and (is_useless or not self._scrapes.count):

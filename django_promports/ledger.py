@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,15 +70,23 @@ class Ledger:
     whether there was no such file before.
     """
 
-    def __init__(self, path: Path, application: str, layout: Layout = LAYOUT, file: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        application: str,
+        layout: Layout = LAYOUT,
+        file: int | None = None,
+        former: Iterable[str] = (),
+    ) -> None:
         """Open the file, or make it; drop what nobody touches any more, and what makes no sense.
 
-        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted. A
-        file that is not a ledger of this application, or damaged, is set aside with a WARNING, and replaced. file: open
-        and locked already, perhaps.
+        Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted,
+        and one of a former name of the application is continued. A file that is not a ledger of this application, or
+        damaged, is set aside with a WARNING, and replaced. file: open and locked already, perhaps. former: those names.
         """
         self.path = path
         self._site, self._layout = hash_site(application), layout
+        self._former, self._is_former = {hash_site(name) for name in former}, False
         if file is not None and not _is_at(path, file):
             os.close(file)
             file = None
@@ -154,10 +163,11 @@ class Ledger:
             return self._renew(Copy([]))
         try:
             version, site = read_header(file, self._layout.size)
-            if site != self._site:
+            if site != self._site and site not in self._former:
                 raise LedgerDamaged("it belongs to another site")
             if version == 2:
                 return self._renew(Copy(*read_old_file(file, self._layout)))
+            self._is_former = site != self._site
             storage = Storage(self.path, file, self._layout)
             try:
                 storage.load()
@@ -207,7 +217,7 @@ class Ledger:
                 senseless[0],
                 len(set(senseless)) - 1,
             )
-        if storage.is_sparse:
+        if storage.is_sparse or self._is_former:  # a new file has the site's present name
             content = [
                 (
                     family.record,

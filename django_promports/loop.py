@@ -24,6 +24,7 @@ from itertools import islice
 from types import GeneratorType
 from typing import Any, TypeVar, cast
 
+from django_promports.greenlets import make_selector
 from django_promports.logs import LimitedLog
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Loop:
         self._sleeping: dict[Conversation, float] = {}  # and when (time.monotonic) each continues
         self._shared: dict[Hashable, Conversation] = {}
         self._current: Conversation | None = None
-        self._selector = selectors.DefaultSelector()
+        self._selector = make_selector()
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
         self._waker.setblocking(False)

@@ -28,19 +28,19 @@ class Resting(NamedTuple):
         return self.status is not None and self.status.is_owed and not self.status.is_held
 
 
-def read_folder(folder: Path | None, ports: Iterable[int], site: str) -> dict[int, Resting]:
-    """Return what the folder tells of each port that has a ledger of this site, or one that cannot be read.
+def read_folder(folder: Path | None, ports: Iterable[int], sites: Iterable[str]) -> dict[int, Resting]:
+    """Return what the folder tells of each port that has a ledger of one of these sites, or one that cannot be read.
 
     The content of a ledger is checked if it is owed and no process holds it.
     """
     found: dict[int, Resting] = {}
     if folder is None or not os.access(folder, os.X_OK):
         return found
-    key = hash_site(site)
+    known = {hash_site(site) for site in sites}
     for port in ports:
         path = folder / f"{port}.ledger"
         status = read_status(path)
-        if status is not None and status.site != key:
+        if status is not None and status.site not in known:
             continue
         damage = ""
         if status is None or (status.is_owed and not status.is_held):

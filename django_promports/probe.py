@@ -58,14 +58,26 @@ class Role(str, Enum):
     __format__ = str.__format__  # type: ignore[assignment]
 
 
+class Rival(NamedTuple):
+    """Another site that has a port of the range, as it describes itself. What it does not tell is empty."""
+
+    site: str = ""
+    project: str = ""
+    place: str = ""
+
+
 class Answer(NamedTuple):
-    """What a port answered. about: the JSON of /. seconds: how long it took. reason: why it is silent or other."""
+    """What a port answered. about: the JSON of /. seconds: how long it took. reason: why it is silent or other.
+
+    rival: the endpoint of another site, if it is one. It is not authenticated.
+    """
 
     state: State
     about: Mapping[str, Any] = {}
     body: bytes = b""
     seconds: float = 0.0
     reason: str = ""
+    rival: Rival | None = None
 
 
 class Scraped(NamedTuple):
@@ -85,7 +97,8 @@ class Seen(NamedTuple):
 
     reason: why a scrape by Prometheus would fail; empty if it would not, or if nothing listens. series, scrape_seconds:
     of a scrape of /metrics. samples: its activity, as activity.Activity keeps it. role: of a live process; an heir
-    serves the port for a worker that has ended.
+    serves the port for a worker that has ended. place: the folder of its code. ledger_folder: see folders.identify().
+    rival: see Answer.
     """
 
     host: str
@@ -100,6 +113,9 @@ class Seen(NamedTuple):
     samples: Sequence[Sample] = ()
     role: Role | None = None
     scraped: Scraped | None = None
+    place: str = ""
+    ledger_folder: str = ""
+    rival: Rival | None = None
 
     @property
     def is_worker(self) -> bool:
@@ -113,7 +129,7 @@ class Seen(NamedTuple):
 class Site(NamedTuple):
     """How the endpoints of one site are reached and recognised. Without keys, any endpoint of that name is believed."""
 
-    project: str
+    name: str
     tls: ssl.SSLContext | None = None
     keys: Sequence[bytes] = ()
 
@@ -127,6 +143,12 @@ def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: st
 def survey(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
     """Ask each port of this machine for its state and its recent activity, without a scrape."""
     answers = yield from ask_all(loop, site, [(address, port) for port in ports], "/?activity")
+    return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
+
+
+def look(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
+    """Ask each port of this machine what it is, without a scrape and without its activity."""
+    answers = yield from ask_all(loop, site, [(address, port) for port in ports])
     return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
 
 
@@ -159,19 +181,21 @@ def inspect(loop: Loop, site: Site, targets: Mapping[str, Sequence[int]]) -> Ste
 def read(host: str, port: int, answer: Answer) -> Seen:
     """Return the plausible values of an answer."""
     about = answer.about
-    command = about.get("command")
     return Seen(
         host,
         port,
         answer.state,
         answer.reason[:MAX_TEXT],
         _whole(about.get("pid")),
-        command[:MAX_TEXT] if isinstance(command, str) else "",
+        _text(about.get("command")),
         _number(about.get("uptime_seconds")),
         _whole(about.get("series")),
         samples=_read_samples(about.get("activity")),
         role=_read_role(answer),
         scraped=read_scraped(about.get("scrapes")),
+        place=_text(about.get("place")),
+        ledger_folder=_text(about.get("ledger_folder")),
+        rival=answer.rival,
     )
 
 
@@ -209,8 +233,8 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
         return Answer(State.OTHER, reason=str(error))
     seconds = time.monotonic() - began
 
-    def other(reason: str) -> Answer:
-        return Answer(State.OTHER, seconds=seconds, reason=reason)
+    def other(reason: str, rival: Rival | None = None) -> Answer:
+        return Answer(State.OTHER, seconds=seconds, reason=reason, rival=rival)
 
     lines = head.decode("latin-1").split("\r\n")
     status = re.match(r"HTTP/1\.[01] (\d{3}) ", lines[0])
@@ -219,16 +243,20 @@ def ask(site: Site, host: str, port: int, path: str = "/") -> Steps[Answer]:
     header = next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{proof.ANSWER}:")), "")
     doubt = proof.check_answer(probe, header, int(status[1]), body)
     if status[1] != "200":
-        return other(f"the endpoint answers {lines[0][9:89]!r}" + (f": {doubt}" if doubt else ""))
+        rival = Rival() if doubt == proof.REFUSALS["key"] else None
+        return other(f"the endpoint answers {lines[0][9:89]!r}" + (f": {doubt}" if doubt else ""), rival)
     about: Mapping[str, Any] = {}
     if is_about:
         try:
             about = json.loads(body)
-            application, project = about["application"], about["project"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            application, name = about["application"], about.get("site")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return other("its answer is malformed")
-        if application != APPLICATION or project != site.project:
-            return other(f"it is the endpoint of another site, {project!r:.80}")
+        if name is None:  # before version 0.2, endpoints had neither a site nor a signature
+            return other(doubt or proof.UNSIGNED)
+        if application != APPLICATION or name != site.name:
+            rival = Rival(*(_text(about.get(key)) for key in ("site", "project", "place")))
+            return other(f"it is the endpoint of another site, {name!r:.80}", rival)
     return other(doubt) if doubt else Answer(State.LIVE, about, body, seconds)
 
 
@@ -290,6 +318,12 @@ def _connect(host: str, port: int) -> Steps[socket.socket]:
 
 def _silent() -> Answer:
     return Answer(State.SILENT, reason=f"no answer in {ASK_SECONDS:g} s")
+
+
+def _text(value: Any) -> str:
+    """Return a text of another process so that it can be shown."""
+    text = value[:MAX_TEXT] if isinstance(value, str) else ""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _number(value: Any) -> float | None:

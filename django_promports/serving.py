@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from django_promports import ports, presence
 from django_promports.activity import Activity
 from django_promports.binding import Binding
 from django_promports.conf import conf
-from django_promports.discovery import find_targets, survey
+from django_promports.discovery import find_targets, survey, watch
 from django_promports.endpoint import Endpoint
+from django_promports.folders import identify
 from django_promports.heir import Heir
 from django_promports.own import own_metrics
 from django_promports.probe import APPLICATION
@@ -32,8 +34,10 @@ def read_terms() -> Terms:
         conf.PROMPORTS_PORT_RANGE,
         conf.PROMPORTS_LEDGER_DIR,
         conf.no_ledger_dir,
-        conf.project,
+        conf.PROMPORTS_SITE,
         read_first_key(),
+        conf.former_sites,
+        conf.former_folders,
     )
 
 
@@ -63,6 +67,7 @@ def make_endpoint(claim: ports.Claim, binding: Binding, *, claimed_at: float) ->
     activity = Activity(binding.registry, conf.metric_namespace)
     routes = make_routes(claim.port, binding, binding.note_scrape, "worker", activity=activity, claimed_at=claimed_at)
     endpoint = Endpoint(claim.listener, routes, tls=conf.server_tls())
+    endpoint.run(partial(watch, port=claim.port, claimed_at=claimed_at))
     own_metrics().port.set(claim.port)
     own_metrics().waiting.set_function(lambda: presence.count_waiting(terms.ports))
     if terms.folder is None or binding.ledger is None:
@@ -85,6 +90,9 @@ def _describe(claimed: int, role: str) -> Any:
         "role": role,
         "application": APPLICATION,
         "project": conf.project,
+        "site": conf.PROMPORTS_SITE,
+        "place": conf.place,
+        "ledger_folder": identify(conf.PROMPORTS_LEDGER_DIR),
         "pid": os.getpid(),
         "port": claimed,
         "command": _command(),

@@ -12,7 +12,7 @@ class Terms(NamedTuple):
 
     folder: where the ledgers are; None: count in memory. no_folder: why there is none, unless the settings ask for
     that. site: the site to which the ledgers belong. key: known to the processes of the site only; empty if it has no
-    such key.
+    such key. former_sites, former_folders: what the site was called before, and where its ledgers were.
     """
 
     address: str
@@ -21,3 +21,5 @@ class Terms(NamedTuple):
     no_folder: str
     site: str
     key: bytes
+    former_sites: Sequence[str] = ()
+    former_folders: Sequence[Path] = ()

@@ -45,11 +45,15 @@ class LoopThread:
 
     def pause(self, seconds: float = PAUSE_SECONDS) -> None:
         """Stop the thread between two turns of the loop until start(), and wait up to `seconds` for it."""
-        with self._lock:
+        if not self._lock.acquire(timeout=seconds):  # something has ended a thread while it was starting
+            return
+        try:
             thread = self._thread
             if thread is None or thread is threading.current_thread():  # a step may fork
                 return
             self._thread, self._former = None, thread
+        finally:
+            self._lock.release()
         self.loop.wake()
         thread.join(seconds)
         if not thread.is_alive():

@@ -9,6 +9,7 @@ The package's only mutable state is here. Each hook runs in a certain kind of pr
 - _await_child(): a process that has a port and is not known to be a worker: it may be a supervisor that spawns them.
 - _before_fork(), _after_fork_in_parent(): a process that forks and is armed, which means that it has tried to claim.
 - _after_fork_in_child(): the child of such a process.
+- _before_patch(), _after_patch(): every process that loads the site, when gevent patches it.
 - _at_exit(): every process that exits normally, before Python tears the interpreter down.
 """
 
@@ -31,7 +32,7 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_started
 
-from django_promports import ports, presence
+from django_promports import greenlets, ports, presence
 from django_promports.binding import Binding
 from django_promports.checks import LEDGER_FOLDER, PLATFORM, check_settings
 from django_promports.claim import Holder
@@ -59,6 +60,7 @@ def on_ready() -> None:
     request_started.connect(_on_request, dispatch_uid="django_promports")
     for handler in HANDLERS:
         _watch(handler)
+    greenlets.watch_patching(_before_patch, _after_patch)
 
 
 def _watch(handler: Any) -> None:
@@ -154,6 +156,11 @@ def _on_request(sender: Any = None, **kwargs: Any) -> None:
     if not (isinstance(sender, type) and issubclass(sender, HANDLERS)) or _is_test_run():
         return
     request_started.disconnect(dispatch_uid="django_promports")
+    if _process.port is None:  # forked by multiprocessing, for example
+        try:
+            presence.relieve_parent(read_first_key(), STEP_DOWN_SECONDS)
+        except Exception:
+            logger.exception("Could not ask the parent of pid %s to free its port.", os.getpid())
     _become_worker()
 
 
@@ -207,14 +214,16 @@ _process = Holder(_binding, read_terms, _make_endpoint)
 _armed = False
 _is_server = False  # it has built a handler: it is a server, or a master that forks servers
 _forking_thread: int | None = None
+_keeps_port = False  # in a fork: the process that forks keeps its port, and its child claims none
 _was_retrying = False
+_was_serving = False
 # Under uWSGI: the read end of a pipe that holds one byte. The child that reads the byte keeps the carried counts, which
 # are those made before the fork.
 _uwsgi_carried: int | None = None
 
 
 def _begin_process() -> Holder:
-    """Give this forked child a Holder of its own, and return the one that it inherited."""
+    """Give this forked or patched process a Holder with locks of its own, and return the former one."""
     global _process
     parent, _process = _process, Holder(_binding, read_terms, _make_endpoint)
     _process.is_broken = parent.is_broken
@@ -231,23 +240,40 @@ def _arm() -> None:
 
 
 def _before_fork() -> None:
-    global _forking_thread, _was_retrying
+    global _forking_thread, _keeps_port, _was_retrying
     process = _process
-    if process.is_worker:
-        _was_retrying = process.stop_retry()
+    keeps_port = process.is_worker or _is_multiprocessing()
+    was_retrying = False
+    if keeps_port:
+        was_retrying = process.stop_retry()
     else:
         # A master: its first child may claim the port. A master that is root leaves no ledger, because its workers may
         # run as another user.
         process.release(undo=os.geteuid() == 0)
-        _was_retrying = False
     process.lock.acquire()
-    _forking_thread = threading.get_ident()
+    _forking_thread, _keeps_port, _was_retrying = threading.get_ident(), keeps_port, was_retrying
     if process.endpoint is not None:
         # A child inherits each lock as it is, but not the thread that holds it. Since 3.12, Python warns about forks
         # in a process with threads.
         process.endpoint.pause()
-    if not process.is_worker:
+    if not keeps_port:
         _binding.carry_counts()
+
+
+def _is_multiprocessing() -> bool:
+    """Whether multiprocessing forks (a Pool, a ProcessPoolExecutor), or a copy of it, like billiard.
+
+    A server that forks after it has loaded the site calls os.fork() itself. So the child is a helper, even if this
+    process has served no request yet. If it serves requests after all, it claims at its first one, and a parent that
+    has served none frees its port.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module not in (__name__, "gevent.os"):  # the caller of os.fork()
+            return module.endswith(".popen_fork")
+        frame = frame.f_back
+    return False
 
 
 def _after_fork_in_parent() -> None:
@@ -272,8 +298,9 @@ def _after_fork_in_child() -> None:
     if _forking_thread is None:  # another thread armed this process during the fork: _before_fork() did not run
         return
     _forking_thread = None
+    _process.is_worker = _keeps_port
     try:
-        _binding.begin_in_child(keep=not parent.is_worker)
+        _binding.begin_in_child(keep=not _keeps_port)
         if parent.heir is not None:
             parent.heir.close_ledgers()
         if parent.endpoint is not None:
@@ -282,8 +309,8 @@ def _after_fork_in_child() -> None:
             parent.waiting_sign.close()
     except Exception:
         logger.exception("A forked child (pid %s) could not close what it inherited.", os.getpid())
-    if not parent.is_worker:
-        _prepare_gevent()
+    if not _keeps_port:
+        greenlets.begin_in_child()
         # gunicorn changes the user in the child after the fork. So a child that is root claims later: at its first
         # request, or from the retry thread.
         _claim(at_once=os.geteuid() != 0)
@@ -295,7 +322,7 @@ def _await_child(process: Holder, listener: socket.socket) -> Steps[None]:
     Such a process is a supervisor, which loads the site and serves no requests. One that forks its workers is
     recognised by the fork; this is for those that spawn them, like hypercorn with --reload.
     """
-    while not process.is_worker:
+    while True:  # a worker, too, answers by closing the connection, so that no child waits
         yield listener, READ
         with suppress(OSError):
             peer, _ = listener.accept()
@@ -310,6 +337,8 @@ def _step_down(process: Holder, peer: socket.socket) -> None:
         process.release()
     finally:
         peer.close()  # the child waits for this
+    if process.is_worker:  # its own first request came meanwhile
+        _claim()
 
 
 def _await_uwsgi_fork(uwsgi: Any) -> None:
@@ -351,9 +380,26 @@ def _begin_after_unseen_fork() -> None:
         logger.exception("A forked child (pid %s) may export counts of its parent a second time.", os.getpid())
 
 
-def _prepare_gevent() -> None:
-    # gevent sets up a child's hub after these hooks have run, and until then none of its threads can start. Calling
-    # reinit() twice is allowed: https://www.gevent.org/api/gevent.html#gevent.reinit
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("threading"):
-        sys.modules["gevent"].reinit()
+def _before_patch() -> None:
+    """Free the port and end the threads of this process while threads and locks still are what they were."""
+    global _was_retrying, _was_serving
+    process = _process
+    try:
+        _was_retrying, _was_serving = process.stop_retry(), process.endpoint is not None
+        if _was_serving:
+            process.release(undo=not process.is_worker and os.geteuid() == 0)  # as before a fork
+    except Exception:
+        logger.exception("Could not free the metrics port before gevent patches pid %s.", os.getpid())
+
+
+def _after_patch() -> None:
+    """Claim again, usually the same port, with the threads and locks that there are now."""
+    former = _begin_process()
+    _process.is_worker, _process.waiting_for = former.is_worker, former.waiting_for
+    if _was_serving:
+        _claim()
+    elif _was_retrying:
+        try:
+            _process.start_retry()
+        except Exception:
+            logger.exception("This process (pid %s) does not wait for a port any more.", os.getpid())

@@ -16,6 +16,7 @@ from io import StringIO
 from django.core.management import call_command
 from prometheus_client import CollectorRegistry
 
+from demo_site.settings import SECRET_KEY
 from django_promports import ports, proof
 from django_promports.activity import Activity
 from django_promports.binding import Binding
@@ -25,8 +26,11 @@ from django_promports.loop import Loop, Steps
 from django_promports.page.overview import Overview
 from django_promports.routes import Routes
 from django_promports.scrape.exposition import Exposition
+from django_promports.secret import derive_key
 from tests.servers import ROOT
 
+# The demo site in other processes. In this one, pytest hides the name of the settings module.
+DEMO = f"demo_site.settings-{derive_key(SECRET_KEY.encode(), 'site').hex()[:8]}"
 # Root can write to read-only folders and bind privileged ports.
 BECOME_NOBODY = "import os\nif os.getuid() == 0: os.setuid(65534)\n"
 
@@ -55,16 +59,17 @@ def run_python(code: str, *arguments: str, seconds: float = 60, **env: str) -> s
 def endpoint(
     range_: Sequence[int],
     *,
-    project: str | None = None,
+    site: str | None = None,
     tls: ssl.SSLContext | None = None,
     token: str | None = None,
     keys: Sequence[bytes] | None = None,
     registry: CollectorRegistry | None = None,
     **about: object,
 ) -> Iterator[int]:
-    """Serve an endpoint on the lowest free port: of this site, unless another project or other keys are given."""
+    """Serve an endpoint on the lowest free port: of this site, unless another site or other keys are given."""
     claim = ports.claim("127.0.0.1", range_)
-    described = {"application": "django_promports", "project": project or conf.project, **about}
+    names = {"project": site or conf.project, "site": site or conf.PROMPORTS_SITE}
+    described = {"application": "django_promports", **names, **about}
     routes = Routes(
         about=lambda: described,
         find_targets=_find_none,

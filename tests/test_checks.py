@@ -69,6 +69,12 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMPORTS_ENABLED": "no"}, ["E009"]),
     ({"PROMPORTS_ENABLED": None}, ["E009"]),
     ({"PROMPORTS_CREATED_SERIES": "no"}, ["E013"]),
+    ({"PROMPORTS_SITE": ""}, ["E015"]),
+    ({"PROMPORTS_SITE": None}, ["E015"]),
+    ({"PROMPORTS_SITE": 8}, ["E015"]),
+    ({"PROMPORTS_SITE": "tea\nshop"}, ["E015"]),
+    ({"PROMPORTS_SITE": "tea\udcff"}, ["E015"]),
+    ({"PROMPORTS_SITE": "\u00e9" * 51}, ["E015"]),
     ({"PROMPORTS_LEDGER_DIR": "ledgers"}, ["E011"]),
     ({"PROMPORTS_LEDGER_DIR": ""}, ["E011"]),
     ({"PROMPORTS_LEDGER_DIR": 8}, ["E011"]),
@@ -77,8 +83,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"PROMPORTS_ADDRESS": "localhost", "PROMPORTS_PORT_RANGE": "", "PROMPORTS_ENABLED": 1}, ["E001", "E002", "E009"]),
 ]
 # Checks that settings alone do not trigger; each has a test below, or in the test module that is named.
-ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003", "W007"}
-ELSEWHERE |= {"W005", "W006", "W008"}  # test_read_only, test_platforms, test_odd_settings
+ELSEWHERE = {"W004", "E003", "E012", "E014", "W002", "W003", "W007", "W009", "W010"}
+ELSEWHERE |= {"W005", "W006", "W008"}  # test_read_only, test_platforms, test_odd_settings; W009 and W010: test_sites
 GOOD: list[dict[str, Any]] = [
     {},
     {"PROMPORTS_PORT_RANGE": [1024, 32767, 61000], "PROMPORTS_ENABLED": False},
@@ -88,6 +94,7 @@ GOOD: list[dict[str, Any]] = [
     {"PROMPORTS_TLS_CERTFILE": Path("both.pem"), "PROMPORTS_TLS_CLIENT_CAFILE": "ca.pem"},
     {"PROMPORTS_BEARER_TOKEN_FILE": "token"},
     {"PROMPORTS_LEDGER_DIR": None},
+    {"PROMPORTS_SITE": "Café 'Ω'"},
 ]
 
 

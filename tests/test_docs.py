@@ -43,7 +43,8 @@ def test_every_setting_has_the_documented_default(settings: object) -> None:
         value = getattr(Conf(), name)
         documented = eval(default, {"range": range})
         assert (tuple(documented) if isinstance(documented, range) else documented) == value, name
-    assert set(rows) | {"PROMPORTS_TARGET_HOST", "PROMPORTS_LEDGER_DIR"} == first_column("Settings")
+    described = {f"PROMPORTS_{name}" for name in ("TARGET_HOST", "LEDGER_DIR", "SITE")}
+    assert set(rows) | described == first_column("Settings")
 
 
 def test_every_check_is_documented_once_and_the_other_way_round() -> None:

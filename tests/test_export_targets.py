@@ -31,7 +31,7 @@ from django_promports import probe, targets
 from django_promports.presence import announce_waiting
 from django_promports.proof import REFUSALS
 from django_promports.stopping import stop_signals
-from tests.commands import BECOME_NOBODY, answering, call, endpoint, run_python, sign
+from tests.commands import BECOME_NOBODY, DEMO, answering, call, endpoint, run_python, sign
 from tests.servers import ROOT, SECONDS, Child, manage, running
 
 # Tests that use these two claim no port.
@@ -119,7 +119,7 @@ def test_live_leaves_out_free_ports_and_other_programs(
     settings.PROMPORTS_LEDGER_DIR = None
     django_promports.start()
     foreign = answering(free_ports[1], b"220 mail ESMTP\r\n")
-    with foreign, endpoint(free_ports, project="another"), endpoint(free_ports):
+    with foreign, endpoint(free_ports, site="another"), endpoint(free_ports):
         # The other hosts do not answer.
         out, err = call("export_targets", "--live", *arguments)
         labelled, _ = call("export_targets", "--live", "--worker-label", *arguments)
@@ -364,7 +364,7 @@ def test_manage_py_fails_with_the_reason_on_standard_error(
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
     """Serve an endpoint of the site that describes itself as another process."""
-    return endpoint(ports, project="demo_site.settings")
+    return endpoint(ports, site=DEMO)
 
 
 def test_hosts_come_from_the_command_line_and_from_a_file(settings: Settings, tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_watch_outlives_a_folder_that_is_gone_for_a_while_and_says_so_once(fre
 
 
 def test_a_watched_file_keeps_a_worker_that_answers_too_late(free_ports: range, folder: Path) -> None:
-    about = json.dumps({"application": "django_promports", "project": "demo_site.settings"}).encode()
+    about = json.dumps({"application": "django_promports", "site": DEMO}).encode()
     with contextlib.ExitStack() as stack:
         overloaded, _ = (stack.enter_context(socket.create_server(("127.0.0.1", port))) for port in free_ports[:2])
         overloaded.settimeout(SECONDS)
@@ -646,7 +646,7 @@ def test_a_check_says_of_each_port_what_is_wrong_with_it(
         stack.enter_context(answering(free_ports[1], b"220 mail ESMTP\r\n"))
         stack.enter_context(answering(free_ports[2], garbage))
         stack.enter_context(socket.create_server(("127.0.0.1", free_ports[3])))
-        stack.enter_context(endpoint(free_ports, project="another"))
+        stack.enter_context(endpoint(free_ports, site="another"))
         stack.enter_context(endpoint(free_ports, token="of another", keys=[b"of another"]))
         stack.enter_context(endpoint(free_ports, registry=registry, pid=2))
         stack.callback(slow.go_on.set)

@@ -28,7 +28,7 @@ PROMPORTS = sorted(name for name in vars(Conf) if name.startswith("PROMPORTS_"))
 # Other settings and variables that the checks look at.
 OTHERS = ["MIDDLEWARE", "ROOT_URLCONF"]
 OTHERS += [f"PROMETHEUS_METRICS_EXPORT_{name}" for name in ("PORT", "PORT_RANGE", "ADDRESS")]
-VARIABLES = ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir", "TMPDIR", "HOME"]
+VARIABLES = ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir", "TMPDIR", "HOME", "RUNTIME_DIRECTORY"]
 UNSET = object()
 
 

@@ -35,13 +35,13 @@ from django_promports.page.rates import Rate
 from django_promports.probe import Answer, Role, Scraped, Seen, State, count_samples, read
 from django_promports.proof import UNSIGNED
 from tests.browser import DESKTOP, PHONE, chromium, fill_in_login, measure_widths, resize
-from tests.commands import answering, run_python
+from tests.commands import DEMO, answering, run_python
 from tests.examples import examples
 from tests.servers import Site, database, describe, get, gunicorn, log_in, manage, request, wait_until
 
 PAGE = "/metrics/"
 PASSWORD = "correct horse"
-ABOUT = {"application": "django_promports", "project": "site"}
+ABOUT = {"application": "django_promports", "project": "site", "site": "site"}
 STEADY = [Sample(ago, (60.0 - ago) * 7, (60.0 - ago) * 7, (60.0 - ago) * 0.07) for ago in range(60, -1, -5)]
 
 
@@ -503,7 +503,7 @@ def test_the_page_of_a_worker_needs_the_token_and_then_has_no_links(free_ports: 
 
 def test_another_program_on_a_port_is_shown_as_one_whatever_it_says(free_ports: range, tmp_path: Path) -> None:
     *ports, liar, _ = free_ports
-    said = {**ABOUT, "project": "demo_site.settings", "command": "<script>alert(1)</script>", "activity": [[1, 2]]}
+    said = {**ABOUT, "site": DEMO, "command": "<script>alert(1)</script>", "activity": [[1, 2]]}
     head = b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n"
     with (
         answering(liar, head + json.dumps(said).encode()),

@@ -35,7 +35,7 @@ from tests.test_ports import needs_ipv6
 
 TOKEN = "hunter2-is-the-token"
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
-ABOUT = {"application": "django_promports", "project": "this"}
+ABOUT = {"application": "django_promports", "site": "this"}
 
 
 class Hostile:
@@ -74,9 +74,9 @@ def hostile(port: int, answer: Callable[[bytes], bytes], tls: ssl.SSLContext | N
         yield listener
 
 
-def pretend(request: bytes, project: str = "this") -> bytes:
+def pretend(request: bytes, site: str = "this") -> bytes:
     """Answer like an endpoint of the site, as far as possible without its keys."""
-    about = json.dumps({**ABOUT, "project": project}).encode()
+    about = json.dumps({**ABOUT, "site": site}).encode()
     return b"HTTP/1.1 200 OK\r\nServer: django_promports\r\n\r\n" + about
 
 
@@ -137,7 +137,7 @@ def test_who_has_a_port_is_never_sent_the_token_and_never_live(
     address = f"127.0.0.1:{worker}"
     answer = answer or relay(worker, _client_tls() if guarded else None)
     if answer is pretend:
-        answer = lambda request: pretend(request, conf.project)  # noqa: E731
+        answer = lambda request: pretend(request, conf.PROMPORTS_SITE)  # noqa: E731
     assert django_promports.start() == worker
     with hostile(foreign, answer, guarded) as listener:
         table = json.loads(call("show_targets", "--json")[0])["targets"]
@@ -203,7 +203,7 @@ def test_without_a_token_too_nobody_else_is_live(
 
 @pytest.mark.parametrize("path", ["/", "/metrics"])
 def test_a_probe_that_is_relayed_to_a_worker_proves_nothing(path: str, free_ports: range) -> None:
-    with endpoint(free_ports[1:], project="this", keys=[KEY]) as port, hostile(free_ports[0], relay(port)) as listener:
+    with endpoint(free_ports[1:], site="this", keys=[KEY]) as port, hostile(free_ports[0], relay(port)) as listener:
         found = ask(free_ports[0], Site("this", keys=[KEY]), path)
         honest = ask(port, Site("this", keys=[KEY]), path)
 
@@ -214,7 +214,7 @@ def test_a_probe_that_is_relayed_to_a_worker_proves_nothing(path: str, free_port
 
 def test_an_answer_that_was_recorded_proves_nothing_later(free_ports: range) -> None:
     site, recorded = Site("this", keys=[KEY]), []
-    with endpoint(free_ports[1:], project="this", keys=[KEY]) as port:
+    with endpoint(free_ports[1:], site="this", keys=[KEY]) as port:
         with hostile(free_ports[0], lambda request: b"") as listener:
             ask(free_ports[0], site)
         # A recorded answer of a worker at the same port, to a probe signed with a key of the site.
@@ -236,7 +236,7 @@ def test_a_probe_that_who_had_the_port_before_recorded_opens_nothing(free_ports:
 
     with endpoint([port], token=TOKEN, keys=[KEY]):
         answer = relay(port)(recorded)
-        live = ask(port, Site(conf.project, keys=[KEY]), "/metrics")
+        live = ask(port, Site(conf.PROMPORTS_SITE, keys=[KEY]), "/metrics")
 
     assert answer.startswith(b"HTTP/1.1 401 ")
     assert b"\r\nPromports-Answer: refused time\r\n" in answer
@@ -334,7 +334,7 @@ def test_a_part_of_an_answer_that_was_changed_is_noticed() -> None:
 
 @pytest.mark.parametrize("token", [TOKEN, None])
 def test_a_worker_of_another_site_says_that_it_does_not_know_us(token: str | None, free_ports: range) -> None:
-    with endpoint(free_ports, project="this", token=token, keys=[OTHER_KEY]) as port:
+    with endpoint(free_ports, site="this", token=token, keys=[OTHER_KEY]) as port:
         found = ask(port, Site("this", keys=[KEY]))
 
     assert found.state == "other"
@@ -342,7 +342,7 @@ def test_a_worker_of_another_site_says_that_it_does_not_know_us(token: str | Non
 
 
 def test_a_probe_opens_what_the_token_opens_and_a_wrong_one_does_not(free_ports: range) -> None:
-    with endpoint(free_ports, project="this", token=TOKEN, keys=[KEY]) as port:
+    with endpoint(free_ports, site="this", token=TOKEN, keys=[KEY]) as port:
         states = {path: ask(port, Site("this", keys=[KEY]), path).state for path in ("/", "/?activity", "/metrics")}
         wrong = ask(port, Site("this", keys=[OTHER_KEY]), "/metrics")
 
@@ -352,7 +352,7 @@ def test_a_probe_opens_what_the_token_opens_and_a_wrong_one_does_not(free_ports:
 
 
 def test_an_answer_that_is_an_error_is_signed_as_well(free_ports: range) -> None:
-    with endpoint(free_ports, project="this", keys=[KEY]) as port:
+    with endpoint(free_ports, site="this", keys=[KEY]) as port:
         found = ask(port, Site("this", keys=[KEY]), "/missing")
 
     assert found == Answer(State.OTHER, seconds=found.seconds, reason="the endpoint answers '404 Not Found'")
@@ -395,7 +395,7 @@ def test_a_long_answer_is_signed_whole(free_ports: range) -> None:
     gauge = Gauge("cups", "Cups.", ["x"], registry=registry)
     for number in range(20_000):
         gauge.labels("x" * 100 + str(number))
-    with endpoint(free_ports, project="this", keys=[KEY], registry=registry) as port:
+    with endpoint(free_ports, site="this", keys=[KEY], registry=registry) as port:
         found = ask(port, Site("this", keys=[KEY]), "/metrics")
 
     assert found.state == "live"
@@ -452,10 +452,10 @@ def test_a_worker_makes_the_secret_and_reads_it_again_at_each_probe(
     (folder / NAME).unlink()  # a program that cleans the temporary folder did it
     make_secret(folder)
 
-    found = ask(port, Site(conf.project, keys=[read_secret(folder) or b""]))
+    found = ask(port, Site(conf.PROMPORTS_SITE, keys=[read_secret(folder) or b""]))
 
     assert found.state == "live"
-    assert ask(port, Site(conf.project, keys=[first])).state == "other"
+    assert ask(port, Site(conf.PROMPORTS_SITE, keys=[first])).state == "other"
 
 
 def test_a_secret_that_cannot_be_made_is_said_once_and_the_ledger_is_used(
@@ -494,7 +494,7 @@ def test_a_peer_that_answers_without_end_ends_no_command(free_ports: range, monk
     with socket.create_server(("127.0.0.1", free_ports[1])) as listener:
         thread = threading.Thread(target=stream)
         thread.start()
-        with contextlib.closing(Loop()) as loop, endpoint(free_ports[2:], project="this", keys=[KEY]) as port:
+        with contextlib.closing(Loop()) as loop, endpoint(free_ports[2:], site="this", keys=[KEY]) as port:
             asked = [("127.0.0.1", number) for number in (free_ports[1], port)]
             answers = loop.complete(probe.ask_all(loop, Site("this", keys=[KEY]), asked))
         over.set()

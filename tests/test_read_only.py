@@ -20,11 +20,14 @@ from tests.servers import Site, scrape, send_requests
 
 pytestmark = pytest.mark.once
 
-# Everything except separate mounts, like /proc, and /dev/shm if it is to be writable. User names are unknown, too.
+# Everything except separate mounts, like /proc, and one folder in /dev/shm if it is to be writable. User names are
+# unknown, too.
 NAMESPACE = """
-for folder in /tmp /var/tmp /usr/tmp "$PWD" {folders}; do
+if [ "{writable}" ]; then mount --bind "{writable}" "{writable}"; fi
+for folder in /tmp /var/tmp /usr/tmp "$PWD"; do
     if [ -d "$folder" ]; then mount --bind "$folder" "$folder"; mount -o remount,bind,ro "$folder"; fi
 done
+mount -o remount,bind,ro /dev/shm
 mount -o remount,bind,ro /
 mount --bind /dev/null /etc/passwd
 cd "$PWD"
@@ -39,7 +42,11 @@ def hook(event, arguments):
         if not os.fsdecode(arguments[0]).startswith({writable!r}):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
 
+def access(path, mode, *, access=os.access):  # it has no audit event
+    return access(path, mode) and (not mode & os.W_OK or os.fsdecode(path).startswith({writable!r}))
+
 sys.addaudithook(hook)
+os.access = access
 """
 
 
@@ -70,17 +77,17 @@ def shm() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def read_only(tmp_path: Path, environment: dict[str, str], *, shm: bool) -> Machine:
-    """Return a machine without a writable folder, or with /dev/shm as the only one."""
+def read_only(tmp_path: Path, environment: dict[str, str], writable: Path | None = None) -> Machine:
+    """Return a machine without a writable folder, or with this one, in /dev/shm."""
     env = {**write_site(tmp_path), **environment}
     permitted = subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=30, check=False)
     if permitted.returncode == 0:
-        script = NAMESPACE.format(folders="" if shm else "/dev/shm")
+        script = NAMESPACE.format(writable=writable or "")
         return Machine(["unshare", "--mount", "sh", "-ec", script, "sh"], env)
     folder = tmp_path / "refusals"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        REFUSALS.format(writable=("/dev/null", "/dev/shm") if shm else ("/dev/null",))
+        REFUSALS.format(writable=("/dev/null", str(writable)) if writable else ("/dev/null",))
     )
     return Machine([], {**env, "PYTHONPATH": f"{folder}:{env['PYTHONPATH']}"})
 
@@ -88,7 +95,7 @@ def read_only(tmp_path: Path, environment: dict[str, str], *, shm: bool) -> Mach
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_commands_work(kind: str, tmp_path: Path) -> None:
     setting, told, environment = FOLDERS[kind]
-    wrapper, env = read_only(tmp_path, environment, shm=False)
+    wrapper, env = read_only(tmp_path, environment)
     if setting is not None:
         env["MINIMAL_LEDGER_DIR"] = setting.format(shm="/dev/shm/nowhere")
     commands = [["check"], ["check", "--deploy", "--tag", "promports"], ["migrate"], ["test", "minimal_tests"]]
@@ -114,7 +121,7 @@ def test_workers_serve_metrics_and_say_once_that_they_count_in_memory(
 ) -> None:
     # gunicorn itself needs a writable folder for the heartbeats of its workers.
     setting, told, environment = FOLDERS[kind]
-    wrapper, env = read_only(tmp_path, environment, shm=True)
+    wrapper, env = read_only(tmp_path, environment, shm)
     if setting is not None:
         env["MINIMAL_LEDGER_DIR"] = setting.format(shm=shm)
 
@@ -138,7 +145,7 @@ def test_workers_serve_metrics_and_say_once_that_they_count_in_memory(
 def test_a_folder_that_was_chosen_and_cannot_be_made_is_an_error_of_each_worker_and_no_more(
     free_ports: range, tmp_path: Path, shm: Path
 ) -> None:
-    wrapper, env = read_only(tmp_path, {}, shm=True)
+    wrapper, env = read_only(tmp_path, {}, shm)
     env["MINIMAL_LEDGER_DIR"] = "/var/shop/ledgers"
 
     with serve_site(tmp_path, free_ports, "--worker-tmp-dir", str(shm), wrapper=wrapper, **env) as site:

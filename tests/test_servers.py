@@ -59,7 +59,7 @@ RECYCLED = 25
 # The interpreter may be in a folder that only root can read: a process that changes its user keeps the right to read.
 CAPABILITIES = "-all,+setuid,+setgid,+kill,+chown,+dac_read_search"
 MAY_READ = ["setpriv", "--securebits", "+no_setuid_fixup", "--bounding-set", CAPABILITIES]
-PATCHED = "needs `monkey.patch_all()` at the top of gunicorn.conf.py, because Django does"
+PATCHED = "pages that use the database need `monkey.patch_all()` at the top of gunicorn.conf.py, because of Django"
 RELOADER = "the supervisor loads the site too; it frees its port for the first worker"
 HYPERCORN = "does not replace a killed worker: restart the service"
 

@@ -25,7 +25,7 @@ from pytest_django import Settings
 
 import django_promports
 from django_promports import presence, probe
-from tests.commands import answering, call, endpoint
+from tests.commands import DEMO, answering, call, endpoint
 from tests.servers import ROOT, manage, running, wait_until
 
 
@@ -54,12 +54,12 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
     with contextlib.ExitStack() as stack:
         stack.enter_context(answering(free_ports[1], b"220 mail ESMTP\r\n"))
         stack.enter_context(endpoint(free_ports, registry=registry, pid=4711, command="gunicorn", uptime_seconds=8.4))
-        stack.enter_context(endpoint(free_ports, project="another"))
+        stack.enter_context(endpoint(free_ports, site="another"))
         stack.enter_context(endpoint(free_ports))
 
         out, err = call("show_targets")
 
-    *table, summary, hint = out.splitlines()
+    *table, summary, hint, fault = out.splitlines()
     cells = [re.split(" {2,}", re.sub(r"\d+\.\d ms", "# ms", line.strip())) for line in table]
     assert cells == [
         ["port", "state", "role", "pid", "command", "uptime", "series", "scrape", "scraped"],
@@ -72,6 +72,7 @@ def test_a_table_has_a_line_for_each_port_that_is_not_free(
     assert hint.startswith("No worker was ever scraped. ")
     # The columns are aligned, that of the seconds of a scrape to the right.
     assert len({line.rindex(" ms") for line in table if " ms" in line} | {table[0].rindex("scrape ") + 3}) == 1
+    assert fault.startswith(f"Another site (another) has workers at {free_ports[2]}, in the port range of this site")
     assert err == ""
 
 
@@ -272,7 +273,7 @@ def watching(*words: str, ports: range, **env: str) -> Iterator[Terminal]:
 
 def worker(ports: range) -> contextlib.AbstractContextManager[int]:
     """Serve an endpoint of the site that describes itself as another process."""
-    return endpoint(ports, project="demo_site.settings", pid=4711, command="[red]gunicorn")
+    return endpoint(ports, site=DEMO, pid=4711, command="[red]gunicorn")
 
 
 def test_a_watched_table_stays_in_place_on_a_terminal_and_has_colours(free_ports: range) -> None:

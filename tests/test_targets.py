@@ -38,7 +38,7 @@ from tests.examples import examples
 from tests.servers import wait_until
 
 SITE = Site("this")
-ABOUT = {"application": "django_promports", "project": "this"}
+ABOUT = {"application": "django_promports", "project": "this", "site": "this"}
 # Words that YAML 1.1 takes for something else than a string, where they are not quoted.
 YAML_WORDS = ["no", "on", "true", "null", "Off", "_", "y", "NO"]
 
@@ -506,7 +506,7 @@ def _http(status: str, server: str, about: object) -> bytes:
         (_http("500 Internal Server Error", "django_promports", ABOUT), "other"),
         (_http("401 Unauthorized", "django_promports", ABOUT), "other"),
         (_http("200 OK", "nginx", ABOUT), "other"),
-        (_http("200 OK", "django_promports", {**ABOUT, "project": "that"}), "other"),
+        (_http("200 OK", "django_promports", {**ABOUT, "site": "that"}), "other"),
         (_http("200 OK", "django_promports", {**ABOUT, "application": "x"}), "other"),
         (_http("200 OK", "django_promports", {"application": "django_promports"}), "other"),
         (_http("200 OK", "django_promports", []), "other"),
@@ -547,7 +547,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def test_endpoints_are_told_apart_by_their_project_and_asked_for_any_path(free_ports: range) -> None:
-    with endpoint(free_ports, project="this", pid=7) as ours, endpoint(free_ports, project="that") as theirs:
+    with endpoint(free_ports, site="this", pid=7) as ours, endpoint(free_ports, site="that") as theirs:
         answers = _ask_all([("127.0.0.1", theirs), ("127.0.0.1", ours), ("localhost", ours)])
         (scrape,) = _ask_all([("127.0.0.1", ours)], "/metrics")
         (missing,) = _ask_all([("127.0.0.1", ours)], "/missing")
@@ -560,7 +560,7 @@ def test_endpoints_are_told_apart_by_their_project_and_asked_for_any_path(free_p
 
 
 def test_more_targets_than_are_asked_at_once_are_answered_in_order(free_ports: range) -> None:
-    with endpoint(free_ports[3:], project="this"):
+    with endpoint(free_ports[3:], site="this"):
         answers = _ask_all([("127.0.0.1", port) for port in free_ports] * 5)
 
     expected = ["live" if index % len(free_ports) == 3 else "free" for index in range(len(answers))]
@@ -580,7 +580,7 @@ def test_an_endpoint_with_tls_and_a_token_is_live_to_who_speaks_tls_and_has_a_ke
     server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     issued.configure_cert(server_tls)
 
-    with endpoint(free_ports, project="this", tls=server_tls, token="s3cret", keys=[b"right"]) as port:
+    with endpoint(free_ports, site="this", tls=server_tls, token="s3cret", keys=[b"right"]) as port:
         assert _ask(port, site).state == state
 
 
@@ -588,7 +588,7 @@ def test_nothing_is_live_where_no_tls_is_spoken(free_ports: range, tmp_path: Pat
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     site = Site("this", client_context(str(tmp_path / "both.pem"), None))
 
-    with endpoint(free_ports, project="this") as plain, answering(free_ports[1], b"220 mail ESMTP\r\n"):
+    with endpoint(free_ports, site="this") as plain, answering(free_ports[1], b"220 mail ESMTP\r\n"):
         assert _ask(plain, site).state == "other"
         assert _ask(free_ports[1], site).state == "other"
 
@@ -604,7 +604,7 @@ def test_a_host_name_with_several_addresses_is_asked_at_each(
         return [info for host in hosts for info in usual(host, *args, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with endpoint(free_ports, project="this") as port:
+    with endpoint(free_ports, site="this") as port:
         (answer,) = _ask_all([("localhost", port)])
 
     assert answer.state == "live"

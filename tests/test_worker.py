@@ -45,7 +45,7 @@ def test_each_gunicorn_worker_serves_its_own_registry_on_the_lowest_free_ports(
 ) -> None:
     options = [*KINDS[kind], *preload]
     if kind == "gevent" and preload:
-        # Django itself does not survive gunicorn patching after it was loaded, with or without us.
+        # Without this, each page that uses the database fails: see the next test.
         config = tmp_path / "patched.py"
         config.write_text(f"from gevent import monkey\nmonkey.patch_all()\nexec(open({CONFIG!r}).read())\n")
         options += ["-c", str(config)]
@@ -68,6 +68,29 @@ def test_each_gunicorn_worker_serves_its_own_registry_on_the_lowest_free_ports(
         assert listening_ports(site.child.pid) == {free_ports[-1]}
         if "patched" not in " ".join(options):
             assert len(os.listdir(f"/proc/{site.child.pid}/task")) == 1
+    assert not any(describe(port) for port in free_ports[:8])
+
+
+def test_gevent_workers_that_are_patched_after_django_was_loaded_serve_their_own_registries(
+    free_ports: range, tmp_path: Path
+) -> None:
+    # Pages that use no database. Django keeps its connections in a native thread-local, which all greenlets share after
+    # late patching, and refuses to use one in another greenlet: such pages fail, with or without us.
+    with gunicorn(tmp_path, free_ports, "-k", "gevent", "--preload") as site:
+        live = site.wait_for_workers()
+
+        statuses = send_requests(400, lambda _: site.request("/nowhere/"))
+
+        assert statuses.count(404) == 400, site.child.output()
+        assert sorted(live) == list(free_ports[:4]) == sorted(site.live())
+        assert set(live.values()) == set(site.child.children())
+        samples = {port: scrape(port) for port in live}
+        assert sum(s["django_http_requests_before_middlewares_total"] for s in samples.values()) == 400
+        for port, pid in live.items():
+            assert samples[port]["promports_port"] == port
+            assert samples[port]["process_start_time_seconds"] == pytest.approx(_start_time(pid), abs=0.02)
+        assert listening_ports(site.child.pid) == {free_ports[-1]}
+        assert len(os.listdir(f"/proc/{site.child.pid}/task")) == 1
     assert not any(describe(port) for port in free_ports[:8])
 
 
@@ -180,7 +203,7 @@ def test_whoever_gets_a_port_that_was_freed_finds_its_ledger_free(
     close = Endpoint.abandon
 
     def open_ledger_and_close(endpoint: Endpoint) -> None:
-        Ledger(path, conf.project).close()  # raises LedgerLocked
+        Ledger(path, conf.PROMPORTS_SITE).close()  # raises LedgerLocked
         close(endpoint)
 
     monkeypatch.setattr(Endpoint, "abandon", open_ledger_and_close)

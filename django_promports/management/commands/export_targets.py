@@ -16,6 +16,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django_promports import probe, targets
 from django_promports.checks import TAG
 from django_promports.conf import conf
+from django_promports.discovery import find_faults, look
 from django_promports.kubernetes import dump_kubernetes
 from django_promports.loop import Loop
 from django_promports.presence import count_waiting, format_waiting
@@ -103,7 +104,16 @@ class Command(BaseCommand):
         with _said_to_the_user():
             options["hosts"] = _hosts(**options)
         run = self.check_targets if options["check"] else self.watch if watch else self.write
+        if not options["hosts"] and not options["check"] and options["format"] != "kubernetes":
+            self.warn(live=options["live"])
         run(**options)
+
+    def warn(self, *, live: bool) -> None:
+        """Print what is wrong with the settings, as seen from what runs now. live: other sites are not in the list."""
+        # The system checks report settings that cannot be used.
+        with contextlib.suppress(ImproperlyConfigured), contextlib.closing(Loop()) as loop:
+            for fault in find_faults(loop.complete(look(loop)), rivals=not live):
+                self.stderr.write(str(fault))
 
     def watch(self, **options: Any) -> None:
         trouble = ""
@@ -160,6 +170,8 @@ class Command(BaseCommand):
             wrong.append(f"no worker is live at {', '.join(idle)}")
         if not hosts and (waiting := count_waiting(ports)):
             wrong.append(format_waiting(waiting))
+        for fault in [] if hosts else find_faults(found):
+            self.stderr.write(str(fault))
         if wrong:
             raise CommandError(f"Check failed: {'; '.join(wrong)}.")
 

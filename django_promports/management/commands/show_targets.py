@@ -18,8 +18,9 @@ from django.core.management.base import BaseCommand, CommandError
 from django_promports import probe
 from django_promports.checks import TAG
 from django_promports.conf import conf
+from django_promports.discovery import find_faults, read_ledgers
 from django_promports.loop import Loop
-from django_promports.owed import find_unserved, read_folder
+from django_promports.owed import find_unserved
 from django_promports.page.html import NEVER, format_duration, format_live, format_scraped, format_unscraped
 from django_promports.ports import format_ports
 from django_promports.presence import count_waiting, format_waiting
@@ -62,18 +63,20 @@ class Command(BaseCommand):
             if options["watch"] is not None:
                 self.watch(**options)
                 return
-            rows, waiting = _inspect()
+            rows, waiting, faults = _inspect()
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from None
         if options["json"]:
             self.stdout.write(json.dumps({"targets": rows, "waiting_processes": waiting}, indent=2))
+            for fault in faults:
+                self.stderr.write(fault)
         else:
-            self.show(rows, waiting)
+            self.show(rows, waiting, faults)
 
-    def show(self, rows: Rows, waiting: int) -> None:
+    def show(self, rows: Rows, waiting: int, faults: Sequence[str]) -> None:
         if table := _table(_cells(rows)):
             self.stdout.write("\n".join(table))
-        summary, *warnings = _summary(rows, waiting)
+        summary, *warnings = _summary(rows, waiting, faults)
         self.stdout.write(summary)
         for warning in warnings:
             self.stdout.write(self.style.ERROR(warning))
@@ -89,7 +92,7 @@ class Command(BaseCommand):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     @contextlib.contextmanager
-    def screen(self, **options: Any) -> Iterator[Callable[[Rows, int], None]]:
+    def screen(self, **options: Any) -> Iterator[Callable[[Rows, int, Sequence[str]], None]]:
         """Give a function that shows targets in place of the previous ones or, if that is not possible, below them."""
         if not self.stdout.isatty() or find_spec("rich") is None:
             yield self.show_below
@@ -99,7 +102,7 @@ class Command(BaseCommand):
         from rich.table import Table
         from rich.text import Text
 
-        def show(rows: Rows, waiting: int) -> None:
+        def show(rows: Rows, waiting: int, faults: Sequence[str]) -> None:
             table = Table(box=None)
             header, *cells = _cells(rows) or [list(COLUMNS)]
             for name in header:
@@ -107,7 +110,7 @@ class Command(BaseCommand):
             for port, state, *others in cells:
                 shown = [Text(text, "bold yellow" if text == NEVER else "") for text in others]
                 table.add_row(port, Text(state, COLOURS[State(state)]), *shown)
-            summary, *warnings = _summary(rows, waiting)
+            summary, *warnings = _summary(rows, waiting, faults)
             # A low terminal cuts off the end, so the summary comes first.
             top = Text(f"{strftime('%X')}  {summary}")
             live.update(Group(top, *(Text(warning, "bold red") for warning in warnings), table), refresh=True)
@@ -116,20 +119,21 @@ class Command(BaseCommand):
         with Live(console=console, auto_refresh=False) as live:
             yield show
 
-    def show_below(self, rows: Rows, waiting: int) -> None:
+    def show_below(self, rows: Rows, waiting: int, faults: Sequence[str]) -> None:
         self.stdout.write(strftime("%X"))
-        self.show(rows, waiting)
+        self.show(rows, waiting, faults)
         self.stdout.write("")
         self.stdout.flush()
 
 
-def _inspect() -> tuple[Rows, int]:
-    """Return a row for each port, and how many processes wait for one."""
+def _inspect() -> tuple[Rows, int, list[str]]:
+    """Return a row for each port, how many processes wait for one, and what is wrong with the settings."""
     ports = conf.PROMPORTS_PORT_RANGE
     with contextlib.closing(Loop()) as loop:
         found = loop.complete(probe.inspect(loop, conf.site, {conf.local_address: ports}))
-    unserved = find_unserved(read_folder(conf.PROMPORTS_LEDGER_DIR, ports, conf.project), found)
-    return [_row(seen, unserved.get(seen.port)) for seen in found], count_waiting(ports)
+    unserved = find_unserved(read_ledgers(), found)
+    rows = [_row(seen, unserved.get(seen.port)) for seen in found]
+    return rows, count_waiting(ports), [str(fault) for fault in find_faults(found)]
 
 
 def _row(seen: Seen, unserved: str | None) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _row(seen: Seen, unserved: str | None) -> dict[str, Any]:
     }
 
 
-def _summary(rows: Rows, waiting: int) -> Iterator[str]:
+def _summary(rows: Rows, waiting: int, faults: Sequence[str]) -> Iterator[str]:
     """Yield the summary, then warnings."""
     states = Counter(row["state"] for row in rows)
     ports = [row["port"] for row in rows]
@@ -163,6 +167,7 @@ def _summary(rows: Rows, waiting: int) -> Iterator[str]:
     for reason in dict.fromkeys(row["unserved"] for row in rows if row["unserved"]):
         owed = [row["port"] for row in rows if row["unserved"] == reason]
         yield f"The last counts of {format_ports(owed)} may not have been scraped: {reason}."
+    yield from faults
 
 
 def _cells(rows: Rows) -> list[list[str]]:
