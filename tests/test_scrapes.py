@@ -56,7 +56,7 @@ class Served:
         claimed = claim("127.0.0.1", free_ports)
         self.port, self._answered = claimed.port, 0.0
         routes = Routes(
-            about=lambda: {"application": APPLICATION, "project": "shop"},
+            about=lambda: {"application": APPLICATION, "project": "shop", "site": "shop"},
             find_targets=_find_none,
             survey=survey_nothing,
             exposition=Exposition(Binding(self.registry)),
