@@ -60,14 +60,16 @@ def wait_for_helpers(site: Site, parents: set[int], count: int = 2) -> set[int]:
 
 @pytest.mark.parametrize(
     ("pool", "options"),
-    [*((pool, []) for pool in POOLS), ("Process", ["-k", "gevent"]), ("Process", ["-k", "gthread", "--threads", "4"])],
+    [
+        *(pytest.param(pool, [], marks=[pytest.mark.servers] if pool == "billiard" else []) for pool in POOLS),
+        ("Process", ["-k", "gevent"]),
+        ("Process", ["-k", "gthread", "--threads", "4"]),
+    ],
     ids=str,
 )
 def test_a_worker_that_forks_a_pool_before_its_first_request_keeps_its_port(
     pool: str, options: list[str], free_ports: range, tmp_path: Path
 ) -> None:
-    if pool == "billiard":
-        pytest.importorskip("billiard")
     # As wide as the workers: a helper with a port would leave a worker without one.
     width = f"{free_ports[0]}-{free_ports[1]}"
     with serve(tmp_path, free_ports, HANDLER + POOLS[pool], *options, range_=width) as site:
