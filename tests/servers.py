@@ -146,9 +146,9 @@ class Site:
         """Wait until no worker is young: granian stops if one ends while it is young."""
 
         def settled() -> dict[int, int]:
-            abouts = self.abouts()
-            young = any(about["uptime_seconds"] <= START_SECONDS for about in abouts.values())
-            return {} if young or len(abouts) != count else {port: about["pid"] for port, about in abouts.items()}
+            workers = {port: about for port, about in self.abouts().items() if about.get("role") != "heir"}
+            young = any(about["uptime_seconds"] <= START_SECONDS for about in workers.values())
+            return {} if young or len(workers) != count else {port: about["pid"] for port, about in workers.items()}
 
         return self.child.wait_until(settled, f"{count} workers have settled")
 

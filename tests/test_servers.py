@@ -113,11 +113,15 @@ def outlive_requests(site: Site) -> None:
     site.wait_for_workers()
 
 
+# Longer than a new worker waits for the port of an old one.
+ROLLING = "with `HUP` each old worker runs 3.5 s beside its successor, so that the new ones may need one port more"
+
+
 class Server(NamedTuple):
     """A server, how its documentation says to start it, and how the test recycles it.
 
     recycle: the word for it in the table, and a function that does it. replaces: whether the server replaces a killed
-    worker.
+    worker. spare: how many ports more than workers it may need after it was recycled.
     """
 
     name: str
@@ -127,6 +131,7 @@ class Server(NamedTuple):
     workers: int = 4
     recycle: tuple[str, Callable[[Site], None]] | None = None
     replaces: bool = True
+    spare: int = 0
     notes: str = ""
     env: dict[str, str] = {}
 
@@ -226,6 +231,8 @@ SERVERS = [
             kind,
             ["granian", "--interface", kind, "--port", "{port}", "--workers", "4", "--respawn-failed-workers", site],
             recycle=("HUP", hang_up),
+            spare=1,
+            notes=ROLLING,
         )
         for kind, site in (("wsgi", WSGI), ("asgi", ASGI))
     ),
@@ -275,10 +282,10 @@ def test_every_answered_request_is_counted_once(server: Server, free_ports: rang
             assert answered == 200
         wait_until_exact(site, answered)
         live = site.wait_for_workers(server.workers)
-        assert sorted(live) == list(free_ports[: server.workers])
+        assert set(live) <= set(free_ports[: server.workers + server.spare])
         row.update(Row(ports=str(server.workers), exact=YES))
 
-        victim = kill(site, free_ports[0], server.workers)
+        victim = kill(site, min(live), server.workers)
         if server.replaces:
             site.wait_until_replaced({victim}, server.workers)
             send(20)
