@@ -22,6 +22,8 @@ from tests.commands import answering, call
 from tests.servers import Child, export_targets, gunicorn, manage, prometheus, request, running, scrape, send_requests
 from tests.workers import await_heir, kill, worker
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def port_range(free_ports: range, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> range:

@@ -21,6 +21,8 @@ from tests.commands import run_python
 from tests.minimal import serve_site, write_site
 from tests.servers import ROOT, Site, accepts, parse, running, scrape, send_requests
 
+pytestmark = pytest.mark.long
+
 # Where a site may patch, or have its server patch, after our app has claimed a port.
 LATE_WSGI = """
 from django.core.wsgi import get_wsgi_application

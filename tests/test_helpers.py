@@ -14,6 +14,8 @@ from tests.commands import run_python
 from tests.minimal import serve_site, write_site
 from tests.servers import Site, children, listening_ports, running, send_requests
 
+pytestmark = pytest.mark.long
+
 # A helper inherits the signal handlers of gunicorn's worker, and would not end when its pool terminates it.
 END = "signal.signal, [signal.SIGTERM, signal.SIG_DFL]"
 # The pools have started their processes when the module has been imported.

@@ -26,6 +26,8 @@ from tests.minimal import django_admin
 from tests.servers import ROOT, Site, get, scrape, wait_until
 from tests.shops import Shop
 
+pytestmark = pytest.mark.once
+
 FROZEN = ROOT / "tests/data/ledgers"
 
 
