@@ -129,7 +129,7 @@ class Heir:
         return self._folder / f"{port}.ledger"
 
     def _find_orphan(self, port: int) -> Status | None:
-        """Return the status of the ledger of a port that is owed and whose holder has ended."""
+        """Return the status of a port's ledger if the port is owed and its holder has ended."""
         if port in self._adopted or self._is_closed:
             return None
         path = self._find_path(port)

@@ -82,7 +82,7 @@ class Ledger:
 
         Raises LedgerLocked, and OSError if it cannot be opened or is not this user's. One of version 2 is converted,
         and one of a former name of the application is continued. A file that is not a ledger of this application, or
-        damaged, is set aside with a WARNING, and replaced. file: open and locked already, perhaps. former: those names.
+        damaged, is set aside with a WARNING, and replaced. file: if it is open and locked already. former: those names.
         """
         self.path = path
         self._site, self._layout = hash_site(application), layout

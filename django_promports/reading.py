@@ -55,7 +55,7 @@ Families = dict[str, tuple[FamilyRecord, dict[Labels, list[float]]]]
 
 
 class Status(NamedTuple):
-    """What a ledger tells of its holder and its scrapes.
+    """What a ledger records about its holder and its scrapes.
 
     site: see hash_site(). opened_at, scraped_at, settled_at: seconds since the epoch, or 0. holder: the last one.
     is_sealed: whether that one closed it.
@@ -177,7 +177,7 @@ class Reader:
 
 
 def read_status(path: Path) -> Status | None:
-    """Return what a ledger tells of its holder and its scrapes; None if there is no ledger."""
+    """Return what a ledger records about its holder and its scrapes; None if there is no ledger."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:

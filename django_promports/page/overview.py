@@ -13,8 +13,8 @@ class Overview(NamedTuple):
     """What a survey of the ports of one machine found.
 
     workers: the ports that are not free. waiting: how many processes wait for a port. origin: scheme and host of links
-    to the workers, as in "http://[::1]"; None where a browser cannot open them. address: of
-    their ports.
+    to the workers, as in "http://[::1]"; None where a browser cannot open them. address: the one that the ports are
+    bound to.
     """
 
     project: str
