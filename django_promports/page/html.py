@@ -233,7 +233,7 @@ def _draw_row(
     yield f"<br><small>{escape(note)}</small>" if note else ""
     if worker.scraped is not None:
         kind = ' class="warning"' if worker.is_never_scraped else ""
-        yield f"<br><small{kind}>scraped: {escape(format_scraped(worker.scraped))}</small>"
+        yield f"<br><small{kind}>scraped: {_keep_units(escape(format_scraped(worker.scraped)))}</small>"
     yield "</td>\n"
     for name, text in (
         ("Process", _or_nothing(worker.pid, str)),
@@ -302,6 +302,11 @@ def _plot(
         f'<desc id="{name}-desc">{escape(text)}</desc><line x1="0" y1="98" x2="{KEPT_SECONDS:g}" y2="98"/>'
         f"{''.join(shapes)}</svg>\n"
     )
+
+
+def _keep_units(text: str) -> str:
+    """Let no line break separate a number from its unit."""
+    return re.sub(r"(?<=\d) (?=[a-z])", "\N{NO-BREAK SPACE}", text)
 
 
 def _or_nothing(value: Any, format_: Callable[[Any], str]) -> str:
