@@ -176,9 +176,8 @@ class Holder:
                 self._log_in_memory(terms.no_folder)
             return claim, None
         passed: list[ports.Claim] = []
-        silent: set[int] = set()
         try:
-            for claim, file in self._find_ports(terms, silent):
+            for claim, file in _find_ports(terms, folder):
                 self.claimed_at = time.monotonic()
                 passed.append(claim)
                 try:
@@ -212,26 +211,6 @@ class Holder:
                 os.close(file)
             raise
         return Ledger(folder / f"{port}.ledger", terms.site, file=file, former=terms.former_sites)
-
-    def _find_ports(self, terms: Terms, silent: set[int]) -> Iterator[tuple[ports.Claim, int | None]]:
-        """Yield each port that this process can have, lowest first, and its ledger if an heir has handed it over."""
-        deadline = time.monotonic() + HAND_OVER_SECONDS
-        for port in terms.ports:
-            while True:
-                if (listener := ports.listen(terms.address, port)) is not None:
-                    yield ports.Claim(port, listener), None
-                    break
-                if (taken := presence.take_over(terms.key, port, HAND_OVER_SECONDS, silent)) is not None:
-                    listener, file = taken
-                    if listener.getsockname() == ports.resolve(terms.address, port)[1]:
-                        yield ports.Claim(port, listener), file
-                    else:  # the settings have changed since the heir read them
-                        listener.close()
-                        os.close(file)
-                    break
-                if not _is_changing_hands(terms, port) or time.monotonic() > deadline:
-                    break
-                time.sleep(CHANGE_SECONDS)
 
     def _must_wait(self, folder: Path, port_range: Sequence[int], port: int) -> bool:
         """Whether to wait for a lower port than this one, which holds no counts that a process has to take over."""
@@ -315,7 +294,29 @@ class Holder:
                 self.waiting_sign = None
 
 
-def _is_changing_hands(terms: Terms, port: int) -> bool:
+def _find_ports(terms: Terms, folder: Path) -> Iterator[tuple[ports.Claim, int | None]]:
+    """Yield each port that this process can have, lowest first, and its ledger if an heir has handed it over."""
+    silent: set[int] = set()
+    deadline = time.monotonic() + HAND_OVER_SECONDS
+    for port in terms.ports:
+        while True:
+            if (listener := ports.listen(terms.address, port)) is not None:
+                yield ports.Claim(port, listener), None
+                break
+            if (taken := presence.take_over(terms.key, port, HAND_OVER_SECONDS, silent)) is not None:
+                listener, file = taken
+                if listener.getsockname() == ports.resolve(terms.address, port)[1]:
+                    yield ports.Claim(port, listener), file
+                else:  # the settings have changed since the heir read them
+                    listener.close()
+                    os.close(file)
+                break
+            if not _is_changing_hands(folder, port) or time.monotonic() > deadline:
+                break
+            time.sleep(CHANGE_SECONDS)
+
+
+def _is_changing_hands(folder: Path, port: int) -> bool:
     """Whether a port that is in use is owed, but not by a living process: an heir is about to serve or to free it."""
-    status = read_status(terms.folder / f"{port}.ledger") if terms.folder is not None else None
+    status = read_status(folder / f"{port}.ledger")
     return status is not None and status.is_owed and not status.is_held

@@ -42,10 +42,8 @@ def find_unscraped(loop: Loop, since: float) -> Steps[dict[int, str]]:
 
     With each port comes the reason. The ledgers tell it; processes that count in memory are asked.
     """
-    address, ports = conf.local_address, conf.PROMPORTS_PORT_RANGE
     asked_at = time.time()
-    answers = yield from probe.ask_all(loop, conf.site, [(address, port) for port in ports])
-    found = [probe.read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
+    found = yield from look(loop)
     ledgers, has_no_folder = read_ledgers(), conf.PROMPORTS_LEDGER_DIR is None
     unserved = find_unserved(ledgers, found)
     unscraped = {}

@@ -215,7 +215,7 @@ class Heir:
         return monotonic() - adopted.adopted_at > (MAX_SECONDS if self._scrapes.count else UNSCRAPED_SECONDS)
 
     def _free(self, loop: Loop, adopted: Adopted) -> None:
-        """Serve a port no longer: it is settled, or nobody has scraped it."""
+        """Stop serving a port: its counts are settled, or nobody has scraped them."""
         if adopted.scraped_at is None:
             self._in_vain[adopted.port] = adopted.status.opened_at, self._scrapes.count > 0
         else:  # whatever the clock does

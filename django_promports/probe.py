@@ -142,13 +142,12 @@ def ask_all(loop: Loop, site: Site, targets: Iterable[tuple[str, int]], path: st
 
 def survey(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
     """Ask each port of this machine for its state and its recent activity, without a scrape."""
-    answers = yield from ask_all(loop, site, [(address, port) for port in ports], "/?activity")
-    return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
+    return (yield from look(loop, site, address, ports, "/?activity"))
 
 
-def look(loop: Loop, site: Site, address: str, ports: Sequence[int]) -> Steps[list[Seen]]:
+def look(loop: Loop, site: Site, address: str, ports: Sequence[int], path: str = "/") -> Steps[list[Seen]]:
     """Ask each port of this machine what it is, without a scrape and without its activity."""
-    answers = yield from ask_all(loop, site, [(address, port) for port in ports])
+    answers = yield from ask_all(loop, site, [(address, port) for port in ports], path)
     return [read(address, port, answer) for port, answer in zip(ports, answers, strict=True)]
 
 

@@ -244,12 +244,6 @@ def _read_status(head: bytes) -> Status:
     return Status(site, opened_at, scraped_at, settled_at, holder, WORD.unpack_from(head, SEAL_AT)[0] != OPEN)
 
 
-def is_sealed(path: Path) -> bool:
-    """Return whether the last holder of a ledger closed it. Raises OSError."""
-    with path.open("rb") as file:
-        return os.pread(file.fileno(), WORD.size, SEAL_AT) != WORD.pack(OPEN)
-
-
 def _read_cells(file: int, records: Iterable[Record]) -> memoryview[float]:
     """Return the cells up to the last one that a record may need, as far as they are there."""
     records = list(records)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from django_promports.reading import is_sealed
+from django_promports.reading import read_status
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,7 +380,9 @@ def prometheus(
 
 def how_they_ended(folder: Path, ports: Iterable[int]) -> str:
     """Return how the last holders of these ports ended, as their ledgers tell: in an orderly way, or at once."""
-    seals = [is_sealed(folder / f"{port}.ledger") for port in ports]
+    statuses = [read_status(folder / f"{port}.ledger") for port in ports]
+    assert None not in statuses
+    seals = [status is not None and status.is_sealed for status in statuses]
     unsealed = seals.count(False)
     assert unsealed in (0, len(seals)), f"{unsealed} of {len(seals)} ledgers are not sealed"
     return "at once" if unsealed else "sealed"

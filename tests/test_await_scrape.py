@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from django.core.management import CommandError
@@ -216,22 +215,6 @@ def test_a_pod_that_waits_before_it_is_deleted_takes_no_count_with_it(
 
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert server.count("django_http_requests_before_middlewares_total") >= answered
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"PORT_RANGE": "19131-19100"}, r"PROMPORTS_PORT_RANGE is '19131-19100', .* reversed; write 19100-19131\."),
-        ({"ADDRESS": "localhost"}, r"PROMPORTS_ADDRESS is 'localhost', .* not an IP address\."),
-    ],
-    ids=str,
-)
-def test_a_wrong_setting_says_what_is_wrong(changed: dict[str, Any], message: str, settings: Settings) -> None:
-    for name, value in changed.items():
-        setattr(settings, f"PROMPORTS_{name}", value)
-
-    with pytest.raises(CommandError, match=f"^{message}$"):
-        call("await_scrape")
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "soon"])

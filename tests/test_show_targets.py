@@ -185,12 +185,15 @@ def test_an_uptime_is_shown_in_its_two_largest_units(
     ],
     ids=str,
 )
-def test_a_wrong_setting_says_what_is_wrong(changed: dict[str, Any], message: str, settings: Settings) -> None:
+@pytest.mark.parametrize("command", ["show_targets", "await_scrape"])
+def test_a_wrong_setting_says_what_is_wrong(
+    command: str, changed: dict[str, Any], message: str, settings: Settings
+) -> None:
     for name, value in changed.items():
         setattr(settings, f"PROMPORTS_{name}", value)
 
     with pytest.raises(CommandError, match=f"^{message}$"):
-        call("show_targets")
+        call(command)
 
 
 def test_manage_py_shows_the_range_or_fails_with_the_reason(free_ports: range) -> None:
